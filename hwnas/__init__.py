@@ -1,0 +1,50 @@
+"""From one training run to the right network for every device.
+
+The public names load on first use: `import hwnas` and `hwnas --help` stay fast and free of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Where each public name lives. The block below repeats it for type checkers; a test holds the two together.
+_MODULES = {
+    "Architecture": "hwnas.space",
+    "Block": "hwnas.space",
+    "DeviceError": "hwnas.errors",
+    "ExportError": "hwnas.errors",
+    "InputError": "hwnas.errors",
+    "Layer": "hwnas.layers",
+    "LimitError": "hwnas.errors",
+    "Network": "hwnas.network",
+    "SearchSpace": "hwnas.space",
+    "Stage": "hwnas.space",
+    "Supernet": "hwnas.supernet",
+    "lower": "hwnas.layers",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+if TYPE_CHECKING:
+    from hwnas.errors import DeviceError as DeviceError
+    from hwnas.errors import ExportError as ExportError
+    from hwnas.errors import InputError as InputError
+    from hwnas.errors import LimitError as LimitError
+    from hwnas.layers import Layer as Layer
+    from hwnas.layers import lower as lower
+    from hwnas.network import Network as Network
+    from hwnas.space import Architecture as Architecture
+    from hwnas.space import Block as Block
+    from hwnas.space import SearchSpace as SearchSpace
+    from hwnas.space import Stage as Stage
+    from hwnas.supernet import Supernet as Supernet
+else:  # hidden from type checkers, which would take it to mean that hwnas has any attribute
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module 'hwnas' has no attribute {name!r}")
+        return getattr(import_module(_MODULES[name]), name)
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,344 @@
+"""The one lowering: an architecture as its list of layers, every shape worked out.
+
+The network is built from this list, the ONNX file is written from it, and MACs, parameters and latency features
+are sums over it. A layer names the layers whose outputs it reads, so the list is the whole dataflow graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwnas.space import Activation, Architecture, Block, Genes, Number, SearchSpace, StageSpace, round_channels
+
+Kind: TypeAlias = Literal["conv", "linear", "avg_pool", "global_pool", "scale", "add"]
+IMAGE = "image"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A feature map: the name of the layer that makes it, its channels, and its side in pixels."""
+
+    name: str
+    channels: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One layer. The module and its tensors in the network carry the same name.
+
+    Attributes:
+        name: dotted path, `stage2.block1.depthwise`.
+        kind: `conv` (padded by kernel // 2), `linear` (on pooled features), `avg_pool` (2x2, stride 2, partial
+            windows at the border averaged over what they hold), `global_pool`, `scale` (first input times the
+            second, one factor a channel), `add`.
+        inputs: names of the layers it reads; `image` is the network's input.
+        in_size: side of the (first) input, pixels.
+        bias: has a bias; norm: is followed by batch norm; activation: is followed by it.
+        residual: the last normalised layer of a branch that is added to a shortcut (its gamma starts at zero).
+    """
+
+    name: str
+    kind: Kind
+    inputs: tuple[str, ...]
+    in_channels: int
+    out_channels: int
+    in_size: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    bias: bool = False
+    norm: bool = False
+    activation: Activation | None = None
+    residual: bool = False
+
+    @property
+    def out_size(self) -> int:
+        """Side of the output: the input's side over the stride, rounded up; 1 after a global pool."""
+        return 1 if self.kind == "global_pool" else -(-self.in_size // self.stride)
+
+    @property
+    def output(self) -> Feature:
+        return Feature(self.name, self.out_channels, self.out_size)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight: (out, in / groups, kernel, kernel), (out, in) for `linear`, () without one."""
+        if self.kind == "conv":
+            return (self.out_channels, self.in_channels // self.groups, self.kernel, self.kernel)
+        return (self.out_channels, self.in_channels) if self.kind == "linear" else ()
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of its parameters: `{name}.conv.weight`, `{name}.norm.bias`, ...; the classifier's
+        are `{name}.weight` and `{name}.bias`."""
+        conv = f"{self.name}.conv" if self.kind == "conv" else self.name
+        channels = (self.out_channels,)
+        tensors = {}
+        if self.weight_shape:
+            tensors[f"{conv}.weight"] = self.weight_shape
+        if self.bias:
+            tensors[f"{conv}.bias"] = channels
+        if self.norm:
+            tensors |= {f"{self.name}.norm.weight": channels, f"{self.name}.norm.bias": channels}
+        return tensors
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of the weight tensor, without bias and batch norm."""
+        shape = self.weight_shape
+        return int(np.prod(shape)) if shape else 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of convolutions and linear layers; what the papers print as FLOPs.
+
+        Not counted, as in EfficientNet's, Once-for-All's and AttentiveNAS's tables: batch norm, bias,
+        activations, pooling, scaling, addition.
+        """
+        return self.num_weights * self.out_size**2
+
+    @property
+    def params(self) -> int:
+        """Weights, biases, and gamma and beta of batch norm."""
+        return self.num_weights + self.out_channels * (int(self.bias) + 2 * int(self.norm))
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1
+
+
+def lower(space: SearchSpace, arch: Architecture) -> tuple[Layer, ...]:
+    """The layers of `arch` in the order of execution.
+
+    `space` gives what is not chosen: strides, activations, squeeze-excite, shortcuts, classes. The architecture's
+    values need not be among the space's choices (`SearchSpace.check` tells), only its number of stages must fit.
+    """
+    layers = list(stem_layers(space, arch.resolution, arch.stem))
+    for number, (spec, stage) in enumerate(zip(space.stages, arch.stages, strict=True), 1):
+        for index, block in enumerate(stage.blocks, 1):
+            stride = spec.stride if index == 1 else 1
+            name = f"stage{number}.block{index}"
+            layers += block_layers(space, spec, name, layers[-1].output, stage.width, block, stride)
+    return (*layers, *head_layers(space, layers[-1].output, arch.head))
+
+
+def stem_layers(space: SearchSpace, resolution: int, width: int) -> tuple[Layer, ...]:
+    """The first convolution."""
+    stem = space.stem
+    return (
+        Layer(
+            name="stem", kind="conv", inputs=(IMAGE,), in_channels=space.in_channels, out_channels=width,
+            in_size=resolution, kernel=stem.kernel, stride=stem.stride, norm=True, activation=space.activation,
+        ),
+    )  # fmt: skip
+
+
+def block_layers(
+    space: SearchSpace, spec: StageSpace, name: str, source: Feature, width: int, block: Block, stride: int
+) -> tuple[Layer, ...]:
+    """An inverted-residual block (MobileNetV2/V3, EfficientNet, BigNAS) that reads `source`."""
+    activation = spec.activation or space.activation
+    expanded = source.channels if block.expand == 1 else round_channels(source.channels * block.expand)
+    layers: list[Layer] = []
+
+    def conv(part: str, source: Feature, out_channels: int, **options: object) -> Feature:
+        layers.append(
+            Layer(
+                name=f"{name}.{part}", kind="conv", inputs=(source.name,), in_channels=source.channels,
+                out_channels=out_channels, in_size=source.size, **options,  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
+        return layers[-1].output
+
+    def other(part: str, kind: Kind, *sources: Feature, stride: int = 1) -> Feature:
+        channels, size = sources[0].channels, sources[0].size
+        layers.append(
+            Layer(
+                name=f"{name}.{part}", kind=kind, inputs=tuple(s.name for s in sources), in_channels=channels,
+                out_channels=channels, in_size=size, kernel=stride, stride=stride,
+            )
+        )  # fmt: skip
+        return layers[-1].output
+
+    has_shortcut = space.shortcut == "pool-conv" or (stride == 1 and source.channels == width)
+    x = source
+    if block.expand != 1:
+        x = conv("expand", x, expanded, norm=True, activation=activation)
+    x = conv(
+        "depthwise", x, expanded, kernel=block.kernel, stride=stride, groups=expanded, norm=True, activation=activation
+    )
+    if spec.se:
+        se = space.squeeze_excite
+        of = source.channels if se.of == "input" else expanded
+        # At divisor 1 EfficientNet's int(channels * ratio); else MobileNetV3's rounding.
+        squeezed = max(1, int(of * se.ratio)) if se.divisor == 1 else round_channels(of * se.ratio, se.divisor)
+        gate = other("se.pool", "global_pool", x)
+        gate = conv("se.reduce", gate, squeezed, bias=True, activation=se.activation)
+        gate = conv("se.expand", gate, expanded, bias=True, activation=se.gate)
+        x = other("se.scale", "scale", x, gate)
+    x = conv("project", x, width, norm=True, residual=has_shortcut)
+    if has_shortcut:
+        shortcut = source
+        if stride == 2:
+            shortcut = other("shortcut.pool", "avg_pool", shortcut, stride=2)
+        if shortcut.channels != width:
+            shortcut = conv("shortcut.conv", shortcut, width)
+        other("add", "add", x, shortcut)
+    return tuple(layers)
+
+
+def head_layers(space: SearchSpace, source: Feature, width: int) -> tuple[Layer, ...]:
+    """Last convolutions, global pool and classifier."""
+    activation = space.activation
+
+    def layer(name: str, kind: Kind, source: Feature, out_channels: int, **options: object) -> Layer:
+        return Layer(
+            name=name, kind=kind, inputs=(source.name,), in_channels=source.channels, out_channels=out_channels,
+            in_size=source.size, **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    expand = space.head.expand
+    wide = width if expand is None else round_channels(source.channels * expand)
+    conv = layer("head.conv", "conv", source, wide, norm=True, activation=activation)
+    pool = layer("head.pool", "global_pool", conv.output, wide)
+    layers = [conv, pool]
+    if expand is not None:
+        layers.append(layer("head.mix", "conv", pool.output, width, activation=activation))
+    layers.append(layer("classifier", "linear", layers[-1].output, space.num_classes, bias=True))
+    return tuple(layers)
+
+
+# -------------------------------------------------------------------- sums
+
+
+def total_macs(layers: Sequence[Layer]) -> int:
+    """Multiply-adds of a network (see `Layer.macs`)."""
+    return sum(layer.macs for layer in layers)
+
+
+def total_params(layers: Sequence[Layer]) -> int:
+    """Parameters of a network (see `Layer.params`)."""
+    return sum(layer.params for layer in layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the network whose layers depend on few choices: the stem, one block, or the head.
+
+    Attributes:
+        genes: names of those choices, in the order of `lower`'s arguments.
+        choices: their values.
+        lower: the layers for one value of each; empty where the depth leaves the block out.
+    """
+
+    genes: tuple[str, ...]
+    choices: tuple[tuple[Number, ...], ...]
+    lower: Callable[..., tuple[Layer, ...]]
+
+    def layers(self) -> Iterator[tuple[Layer, ...]]:
+        """The layers for every combination of the choices, in the order of `itertools.product`."""
+        return (self.lower(*values) for values in product(*self.choices))
+
+
+def segments(space: SearchSpace) -> Iterator[Segment]:
+    """Every part of the networks of a space; a child's layers are one combination out of each."""
+    choices = {gene.name: gene.choices for gene in space.genes}
+
+    def segment(genes: Sequence[str], lower: Callable[..., tuple[Layer, ...]]) -> Segment:
+        return Segment(tuple(genes), tuple(choices[gene] for gene in genes), lower)
+
+    yield segment(["resolution", "stem"], lambda res, width: stem_layers(space, res, width))
+    source, stride = "stem", space.stem.stride
+    for number, spec in enumerate(space.stages, 1):
+        stage = f"stage{number}"
+        for index in range(1, spec.depth[-1] + 1):
+            kernel, expand = (
+                f"{stage}.{name}" if f"{stage}.{name}" in choices else f"{stage}.block{index}.{name}"
+                for name in ("kernel", "expand")
+            )
+            genes = ["resolution", source, f"{stage}.width", f"{stage}.depth", kernel, expand]
+            block = _block_at(space, spec, f"{stage}.block{index}", index, downscale=stride)
+            if index == 1:
+                yield segment(genes, block)
+                source, stride = f"{stage}.width", stride * spec.stride
+            else:  # reads its own stage's width, which is asked once
+                yield segment(genes[:1] + genes[2:], lambda res, width, *rest, b=block: b(res, width, width, *rest))
+    yield segment(
+        ["resolution", source, "head"],
+        lambda res, channels, width: head_layers(space, Feature("x", channels, -(-res // stride)), width),
+    )
+
+
+def _block_at(
+    space: SearchSpace, spec: StageSpace, name: str, index: int, *, downscale: int
+) -> Callable[..., tuple[Layer, ...]]:
+    def block(
+        res: int, channels: int, width: int, depth: int, kernel: int, expand: Number
+    ) -> tuple[Layer, ...]:
+        if depth < index:
+            return ()
+        source = Feature("x", channels, -(-res // downscale))  # ceil(ceil(n / a) / b) == ceil(n / (a * b))
+        stride = spec.stride if index == 1 else 1
+        return block_layers(space, spec, name, source, width, Block(kernel, expand), stride)
+
+    return block
+
+
+class LayerSums:
+    """Sums over the layers of many architectures at once, from their genes.
+
+    Every different block is lowered once, its sums go into a table, and an architecture's total is one table
+    look-up a block.
+
+        costs = LayerSums(space, lambda layer: (layer.macs, layer.params))
+        macs, params = costs(space.encode(archs)).T
+
+    Args:
+        space: the search space.
+        measure: the quantities of one layer, always equally many.
+    """
+
+    def __init__(self, space: SearchSpace, measure: Callable[[Layer], Sequence[float]]) -> None:
+        column = {gene.name: index for index, gene in enumerate(space.genes)}
+        self._num_genes = len(column)
+        self._tables: list[tuple[list[tuple[int, int]], NDArray[np.float64]]] = []
+        num_quantities = len(measure(stem_layers(space, 32, 8)[0]))
+        for segment in segments(space):
+            sums = [
+                np.sum([measure(layer) for layer in layers], axis=0) if layers else np.zeros(num_quantities)
+                for layers in segment.layers()
+            ]
+            # (gene column, number of choices), leaving out what does not vary.
+            axes = [
+                (column[gene], len(options))
+                for gene, options in zip(segment.genes, segment.choices, strict=True)
+                if len(options) > 1
+            ]
+            self._tables.append((axes, np.asarray(sums, dtype=np.float64)))
+
+    def __call__(self, genes: Genes, chunk: int = 16384) -> NDArray[np.float64]:
+        """Totals of shape (num_archs, num_quantities) for genes of shape (num_archs, num_genes).
+
+        `chunk` architectures at a time stay in the processor's cache.
+        """
+        if genes.ndim != 2 or genes.shape[1] != self._num_genes:
+            raise ValueError(f"genes have shape (num_archs, {self._num_genes}), not {genes.shape}")
+        num_quantities = self._tables[0][1].shape[1]
+        totals = np.zeros((len(genes), num_quantities))
+        for start in range(0, len(genes), chunk):
+            # One contiguous row a gene; what an absent block's -1 selects does not matter: its depth gives zeros.
+            columns = np.maximum(genes[start : start + chunk].T, 0).astype(np.int32, order="C")
+            part = totals[start : start + chunk]
+            for axes, table in self._tables:
+                index: NDArray[np.int32] | int = 0
+                for column, size in axes:
+                    index = index * size + columns[column]
+                part += table[index] if isinstance(index, int) else table.take(index, axis=0)
+        return totals

@@ -1,0 +1,1 @@
+"""Latency predictors: from an architecture to milliseconds on one device."""
