@@ -25,8 +25,8 @@ def backward_in_place(
 ) -> tuple[Tensor, float]:
     """Forward and backward of one child, its gradient added into the child's corner of the supernet's.
 
-    The corners are detached leaves whose `grad` is already the corner of the supernet's gradient, so autograd
-    adds in place: it never pads a child's gradient to full size, as differentiating through the views would.
+    The corners are detached leaves, so a child's gradient has the child's size; differentiating through the views
+    would pad every one to full size with zeros.
 
     Args:
         supernet: its parameters have gradients (zeros at the start of a step).
@@ -39,17 +39,15 @@ def backward_in_place(
     Returns:
         The detached logits and the loss.
     """
-    grads = {name: parameter.grad for name, parameter in supernet.named_parameters()}
-    leaves = {}
-    for name, view in supernet.corners(arch).items():
-        leaf = view.detach().requires_grad_()
-        grad = grads[name]
-        assert grad is not None
-        leaf.grad = corner(grad, view.shape)
-        leaves[name] = leaf
+    leaves = {name: view.detach().requires_grad_() for name, view in supernet.corners(arch).items()}
     logits = supernet(image, arch, tensors=leaves, dropout=dropout)
     value = loss(logits)
-    (value * scale if scale != 1 else value).backward()
+    gradients = torch.autograd.grad(value * scale if scale != 1 else value, list(leaves.values()))
+    totals = {name: parameter.grad for name, parameter in supernet.named_parameters()}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        total = totals[name]
+        assert total is not None
+        corner(total, leaf.shape).add_(gradient)
     return logits.detach(), value.item()
 
 

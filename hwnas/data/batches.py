@@ -1,4 +1,4 @@
-"""Batches for evaluation and training. What a training step sees is a pure function of its number and the seed."""
+"""Batches for evaluation and training. What a training step sees is a pure function of step and seed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def batches(
     """The whole split in its own order, as network input; the last batch may be smaller.
 
     Yields:
-        Images (n, channels, resolution, resolution) float32 and labels (n,) int64, on `device`. Do not write into
-        them: they may be views of what `Split.resized` keeps.
+        Images (n, channels, resolution, resolution) float32 and labels (n,) int64, on `device`. Do not write
+        into them: they may be views of what `Split.resized` keeps.
     """
     labels = split.labels.to(device).split(batch_size)
     whole = split.resized(resolution, device)
@@ -60,18 +60,18 @@ def train_batch(
 
     Args:
         split: the training images.
-        step: counted from 0 over the whole training; each `steps_per_epoch` steps go once through a new order.
+        step: counted from 0 over the whole training; every `steps_per_epoch` steps begin a new order.
         batch_size: images of all processes together.
         seed: at least 0.
         rank: which process asks. The batches of all ranks, one after the other, are the batch of one process.
         num_ranks: number of processes.
 
     Returns:
-        Images (batch_size / num_ranks, channels, size, size) uint8 and labels (batch_size / num_ranks,) int64.
+        Images (n, channels, size, size) uint8 and labels (n,) int64, with n = batch_size / num_ranks.
 
     Raises:
-        InputError: the batch is larger than the split or does not divide among the processes, or an image cannot
-            be read.
+        InputError: the batch is larger than the split or does not divide among the processes, or an image
+            cannot be read.
     """
     if batch_size % num_ranks:
         raise InputError(f"batch size {batch_size} does not divide among {num_ranks} processes: use a multiple")
@@ -86,7 +86,7 @@ def train_batch(
 def train_batches(
     split: Split, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, num_ranks: int = 1
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """The batches of `train_batch` from `start_step` on, without end, prepared ahead in one background thread.
+    """The batches of `train_batch` from `start_step` on, endless, prepared ahead in one background thread.
 
     Its `close()` (or `contextlib.closing`) ends the thread. What `train_batch` raises is raised here.
     """
@@ -113,7 +113,7 @@ def _ahead(make: Callable[[T], U], arguments: Iterable[T], num_ahead: int = 2) -
 
 @lru_cache(maxsize=2)
 def _order(num_images: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch; remembered, for a step needs little of it and ImageNet's takes milliseconds to make."""
+    """The order of an epoch; remembered, as each step needs a little of it (ImageNet's takes 20 ms to make)."""
     return torch.randperm(num_images, generator=_generator(seed, _ORDER, epoch))
 
 

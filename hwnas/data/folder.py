@@ -64,6 +64,7 @@ class FolderSplit(Split):
         self._is_kept = torch.zeros(len(files), dtype=torch.bool)
 
     def pixels(self, indices: Tensor, draws: Tensor | None) -> Tensor:
+        """See `Split`."""
         if draws is None:
             return self._as_evaluated(indices)
         size = self.preprocessing.size
@@ -93,6 +94,7 @@ class FolderSplit(Split):
         return images
 
     def subset(self, indices: Tensor, preprocessing: Preprocessing) -> FolderSplit:
+        """The files at `indices` as a split of their own."""
         files = [self.files[index] for index in indices.tolist()]
         return FolderSplit(files, self.labels[indices], preprocessing, self.threads)
 
@@ -105,8 +107,11 @@ def open_folder(root: Path, notice: Callable[[str], None]) -> Source:
     Raises:
         InputError: the folders are not as above, a class has no images, or an image cannot be read.
     """
-    parts = _parts(root, notice)
-    images = {part: _scan(folder) for part, folder in parts.items()}
+    try:
+        parts = _parts(root, notice)
+        images = {part: _scan(folder) for part, folder in parts.items()}
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
     labels = {name: label for label, name in enumerate(images["train"])}
     if len(labels) == 1:
         raise InputError(f"{parts['train']} has only one class, {min(labels)!r}: at least two are needed")
@@ -137,7 +142,8 @@ def _parts(root: Path, notice: Callable[[str], None]) -> dict[str, Path]:
     """Where the class folders of train, and perhaps of validation and test, are."""
     found = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
     nested = [name for name, folder in found.items() if _folders(folder)]
-    if "train" not in nested and len(found) < len(_folders(root)):  # a class may be called train
+    # A class may be called train: then there are others beside it, and images right in it.
+    if "train" not in nested and not ("train" in found and len(found) == len(_folders(root))):
         if nested:
             raise InputError(f"{root} has {nested[0]!r}, but no class folders under 'train': add them")
         return {"train": root}
@@ -233,9 +239,7 @@ def read_crop(path: str, size: int, draws: Sequence[float]) -> NDArray[np.uint8]
     except Exception as error:
         raise _unreadable(path, error) from None
     scale = (image.width / full[0], image.height / full[1])
-    left, top, right, bottom = (
-        min(edge * scale[axis % 2], image.size[axis % 2]) for axis, edge in enumerate(box)
-    )
+    left, top, right, bottom = (min(edge * scale[axis % 2], image.size[axis % 2]) for axis, edge in enumerate(box))
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     pixels = np.array(image)
     return pixels[:, ::-1].copy() if draws[FLIP] < 0.5 else pixels

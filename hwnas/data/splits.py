@@ -24,9 +24,10 @@ RESIZED_BYTES = 256 * 2**20  # what a split keeps of its images as float32, at a
 class Preprocessing:
     """How an image becomes network input. It goes into the manifest of every exported network.
 
-    First the square of `size` x `size` pixels that a `Split` gives: the shorter side is resized to `shorter_side` and
-    the centre cut out; where that is None, the whole image is resized to the square. Then `resize`: to the
-    network's resolution, and (pixel / 255 - mean) / std. Every resize is bicubic, antialiased when it shrinks.
+    First the square of `size` x `size` pixels that a `Split` gives: the shorter side is resized to
+    `shorter_side` and the centre cut out; where that is None, the whole image is resized to the square. Then
+    `resize`: to the network's resolution, and (pixel / 255 - mean) / std. Every resize is bicubic, antialiased
+    when it shrinks.
 
     Attributes:
         size: side of the square, pixels.
@@ -93,7 +94,7 @@ class Split(ABC):
         """The images at `indices` as a split of their own."""
 
     def load(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The images at `indices`, (n, channels, size, size) uint8; with a generator they are augmented by it."""
+        """The images at `indices`, (n, channels, size, size) uint8; with a generator, augmented by it."""
         draws = None
         if generator is not None:
             draws = torch.rand(len(indices), NUM_DRAWS, dtype=torch.float64, generator=generator)
@@ -123,7 +124,7 @@ class Split(ABC):
 
 
 class TensorSplit(Split):
-    """Images held in memory. Augmented by padding and cropping, and a horizontal flip where that keeps the class.
+    """Images held in memory. Augmented by pad and crop, and by a horizontal flip where that keeps the class.
 
     Args:
         images: (num_images, channels, height, width) uint8, brought to the preprocessing's size when loaded.
@@ -134,18 +135,26 @@ class TensorSplit(Split):
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, preprocessing: Preprocessing, *, pad: int = 0, flip: bool = False
+        self,
+        images: Tensor,
+        labels: Tensor,
+        preprocessing: Preprocessing,
+        *,
+        pad: int = 0,
+        flip: bool = False,
     ) -> None:
         super().__init__(labels, preprocessing)
         self.images, self.pad, self.flip = images, pad, flip
 
     def pixels(self, indices: Tensor, draws: Tensor | None) -> Tensor:
+        """See `Split`."""
         images = self.images[indices]
         if draws is not None:
             images = shift_and_flip(images, draws, pad=self.pad, flip=self.flip)
         return resize_bytes(images, self.preprocessing.size)
 
     def subset(self, indices: Tensor, preprocessing: Preprocessing) -> TensorSplit:
+        """A copy of the images at `indices` as a split of their own."""
         images, labels = self.images[indices], self.labels[indices]
         return TensorSplit(images, labels, preprocessing, pad=self.pad, flip=self.flip)
 
@@ -244,7 +253,7 @@ def resize(images: Tensor, resolution: int, preprocessing: Preprocessing) -> Ten
 
 
 def resize_bytes(images: Tensor, size: int) -> Tensor:
-    """(n, channels, height, width) uint8 to (n, channels, size, size) uint8: what Pillow gives, to within 1 of 255."""
+    """(n, channels, height, width) uint8 to (n, channels, size, size) uint8, as Pillow does it to within 1/255."""
     if images.shape[2:] == (size, size):
         return images
     if images.device.type != "cpu":

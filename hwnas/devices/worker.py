@@ -1,0 +1,223 @@
+"""The program that times network files on a device: `python worker.py onnxruntime`.
+
+It is sent to other machines as it is, so it is one file that imports the standard library, numpy and the runtime,
+never hwnas. A process of its own keeps the measurement free of its parent's threads, and a crash of the runtime away
+from the parent.
+
+It reads one JSON object a line from stdin and answers each with one line on stdout, `{"ok": ...}` or `{"error": "why"}`;
+whatever else the runtime prints goes to stderr. It ends when stdin does, or when a request takes over its `limit_s`.
+
+    {"op": "versions"}                      -> {"onnxruntime": "1.31.1", "processor": "..."}
+    {"op": "run", "path": ..., "threads": 1, "cores": null, "warmup_runs": 3, "warmup_s": 0.02, "repeats": 10,
+     "min_duration_s": 0.05, "limit_s": 60} -> {"times_ns": [...], "preempted": [0, 1, ...], "facts": {...}}
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+NUM_OPEN = 2  # networks kept loaded: the child and the reference that are timed in turns
+
+
+class OnnxRuntime:
+    """Networks in ONNX files, on the processor."""
+
+    def versions(self) -> dict[str, str]:
+        """Of the runtime."""
+        import onnxruntime
+
+        return {"onnxruntime": str(onnxruntime.__version__)}
+
+    def load(self, path: str, threads: int) -> Callable[[], object]:
+        """A function that runs the network once on random input."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+        if session.get_providers() != providers:  # onnxruntime only warns
+            raise RuntimeError(f"the network would run on {session.get_providers()}, not {providers}")
+        rng = np.random.default_rng(0)
+        # Bound buffers: making the arrays of `session.run` takes 5 us, a tenth of a tiny network.
+        binding = session.io_binding()
+        for tensor, bind in [
+            *((tensor, binding.bind_ortvalue_input) for tensor in session.get_inputs()),
+            *((tensor, binding.bind_ortvalue_output) for tensor in session.get_outputs()),
+        ]:
+            if tensor.type != "tensor(float)" or not all(isinstance(size, int) for size in tensor.shape):
+                raise ValueError(f"{tensor.name} is {tensor.type} {tensor.shape}, not float32 of a fixed shape")
+            value = rng.standard_normal(tensor.shape, dtype=np.float32)
+            bind(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        return lambda: session.run_with_iobinding(binding)
+
+
+RUNTIMES = {"onnxruntime": OnnxRuntime}
+
+
+def processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith(("model name", "hardware", "cpu part")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class Cores:
+    """Keeps the process on the given cores, or on those that do least for others."""
+
+    def __init__(self) -> None:
+        self.allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        self._busy: dict[int, int] = {}
+
+    def _others(self) -> dict[int, int]:
+        """Busy time of each core so far, in ticks."""
+        busy = {}
+        for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
+            name, *ticks = line.split()
+            if name.startswith("cpu") and name != "cpu":
+                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks[:8])
+                busy[int(name[3:])] = user + nice + system + irq + softirq + steal
+        return busy
+
+    def pin(self, cores: list[int] | None, threads: int, wait_s: float = 0.05) -> list[int]:
+        """Move to `cores`, or without any to the `threads` least busy ones."""
+        if not self.allowed:
+            return []
+        if cores is None:
+            if threads >= len(self.allowed):
+                cores = sorted(self.allowed)
+            else:
+                before = self._others()
+                time.sleep(wait_s)
+                after = self._others()
+                cores = sorted(sorted(self.allowed), key=lambda core: after[core] - before[core])[:threads]
+        os.sched_setaffinity(0, cores)
+        return sorted(cores)
+
+
+def time_runs(
+    run: Callable[[], object],
+    threads: int,
+    warmup_runs: int,
+    warmup_s: float,
+    repeats: int,
+    min_duration_s: float,
+) -> tuple[list[int], list[int]]:
+    """Wall time of each run, ns, and whether the system took the processor away during it."""
+    clock = time.perf_counter_ns
+    who = resource and (resource.RUSAGE_THREAD if threads == 1 else resource.RUSAGE_SELF)
+
+    def switches() -> int:
+        return resource.getrusage(who).ru_nivcsw if resource else 0
+
+    done, end = 0, clock() + int(warmup_s * 1e9)
+    while done < warmup_runs or clock() < end:
+        run()
+        done += 1
+    times: list[int] = []
+    preempted: list[int] = []
+    last = switches()
+    end = clock() + int(min_duration_s * 1e9)
+    while len(times) < repeats or clock() < end:
+        before = clock()
+        run()
+        times.append(clock() - before)
+        now = switches()
+        preempted.append(int(now != last))
+        last = now
+    return times, preempted
+
+
+def facts(cores: list[int]) -> dict[str, Any]:
+    """The machine's state, as far as it tells."""
+    found: dict[str, Any] = {"cores": cores, "python": platform.python_version(), "system": platform.platform()}
+    if hasattr(os, "getloadavg"):
+        found["load"] = round(os.getloadavg()[0], 2)
+    readings = {
+        "mhz": [f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in cores],
+        "celsius": [str(path) for path in Path("/sys/class/thermal").glob("thermal_zone*/temp")],
+    }
+    for name, files in readings.items():
+        values = []
+        for file in files:
+            try:
+                values.append(int(Path(file).read_text(encoding="ascii")) / 1000)
+            except (OSError, ValueError):
+                continue
+        if values:
+            found[name] = max(values)
+    return found
+
+
+class Worker:
+    """Answers requests for one runtime."""
+
+    def __init__(self, runtime: OnnxRuntime) -> None:
+        self._runtime = runtime
+        self._open: OrderedDict[tuple[Any, ...], tuple[Callable[[], object], list[int]]] = OrderedDict()
+        self._cores = Cores()
+
+    def versions(self) -> dict[str, str]:
+        return {**self._runtime.versions(), "processor": processor()}
+
+    def run(
+        self, path: str, threads: int, cores: list[int] | None, **timing: Any
+    ) -> dict[str, Any]:
+        stat = os.stat(path)
+        key = (path, stat.st_mtime_ns, stat.st_size, threads, tuple(cores or ()))
+        if key not in self._open:
+            while len(self._open) >= NUM_OPEN:
+                self._open.popitem(last=False)
+            pinned = self._cores.pin(cores, threads)
+            self._open[key] = self._runtime.load(path, threads), pinned
+        self._open.move_to_end(key)
+        run, pinned = self._open[key]
+        times, preempted = time_runs(run, threads, **timing)
+        return {"times_ns": times, "preempted": preempted, "facts": facts(pinned)}
+
+
+def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
+    """Answer until there are no more requests."""
+    for line in requests:
+        request = json.loads(line)
+        if hasattr(signal, "setitimer"):  # ends the process also where the runtime hangs
+            signal.setitimer(signal.ITIMER_REAL, request.pop("limit_s", 0))
+        try:
+            answer = {"ok": getattr(worker, request.pop("op"))(**request)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    wire = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    gc.disable()
+    serve(Worker(RUNTIMES[sys.argv[1]]()), sys.stdin, wire)

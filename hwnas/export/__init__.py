@@ -1,0 +1,1 @@
+"""Networks as files that runtimes load: one module a format."""

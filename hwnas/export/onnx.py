@@ -1,0 +1,226 @@
+"""ONNX, written straight from the list of layers: no torch, no tracing, milliseconds a network."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from hwnas.errors import ExportError
+from hwnas.export.base import Artifact, Exporter, replacing
+from hwnas.layers import IMAGE, Layer
+
+_Weights: TypeAlias = dict[str, NDArray[Any]]
+
+LOGITS = "logits"
+BN_EPS = 1e-5
+_OPSET, _IR_VERSION = 17, 8  # the oldest pair with all we need: every runtime's converter reads it
+_POOL_SIZE = 65_537
+
+# What onnxruntime 1.31's optimiser makes of them on a CPU, and why they are written so (x86-64, AVX-512, 1 thread):
+# h-swish, relu, sigmoid and h-sigmoid become part of the convolution; swish becomes one QuickGelu after it (tiny's
+# biggest child 0.58 ms; as Sigmoid and Mul unfused 0.73, as opset 24's Swish, which it unrolls with casts, 0.92).
+_ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
+    "relu": ("Relu", {}),
+    "sigmoid": ("Sigmoid", {}),
+    "h-sigmoid": ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+    "h-swish": ("HardSwish", {}),
+}
+
+
+def onnx_model(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+    """The network as an ONNX model with batch norm folded into the convolutions.
+
+    Its input is `image`, float32 (1, in_channels, resolution, resolution), normalised; its output `logits`, float32
+    (1, num_classes). The values in between have the layers' names.
+
+    Args:
+        layers: what `hwnas.layers.lower` gives.
+        tensors: see `Exporter.write`.
+
+    Raises:
+        ExportError: a tensor is missing or has the wrong shape.
+    """
+    return onnx.ModelProto.FromString(b"".join(_encode(*_graph(layers, tensors))))
+
+
+def _graph(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]]) -> tuple[onnx.GraphProto, _Weights]:
+    """The graph without its weights, and these."""
+    first, last = layers[0], layers[-1]
+    graph = onnx.GraphProto(name="hwnas")
+    for values, name, shape in (
+        (graph.input, IMAGE, [1, first.in_channels, first.in_size, first.in_size]),
+        (graph.output, LOGITS, [1, last.out_channels]),
+    ):
+        values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    writer = _Writer(graph, tensors)
+    outputs = {last.name: LOGITS}
+    for layer in layers:
+        writer.add(layer, [outputs.get(name, name) for name in layer.inputs], outputs.get(layer.name, layer.name))
+    return graph, writer.weights
+
+
+def _encode(graph: onnx.GraphProto, weights: _Weights) -> Iterator[bytes | memoryview]:
+    """The bytes of the model in pieces, the weights straight from their arrays.
+
+    Protobuf's own serialisation copies every weight five times on the way to the file, which takes longer than all
+    the rest. Here only the lengths of the enclosing messages are written by hand
+    (https://protobuf.dev/programming-guides/encoding).
+    """
+    parts: list[bytes | memoryview] = [graph.SerializeToString()]
+    for name, value in weights.items():
+        tensor = TensorProto(name=name, dims=value.shape, data_type=TensorProto.FLOAT).SerializeToString()
+        raw = np.ascontiguousarray(value, dtype="<f4")
+        head = tensor + _open(TensorProto.RAW_DATA_FIELD_NUMBER, raw.nbytes)
+        parts.append(_open(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + raw.nbytes) + head)
+        parts.append(memoryview(raw).cast("B"))
+    model = onnx.ModelProto(producer_name="hwnas", ir_version=_IR_VERSION)
+    model.opset_import.append(helper.make_opsetid("", _OPSET))
+    yield model.SerializeToString()
+    yield _open(onnx.ModelProto.GRAPH_FIELD_NUMBER, sum(len(part) for part in parts))
+    yield from parts
+
+
+def _open(field: int, num_bytes: int) -> bytes:
+    """What protobuf writes ahead of a message or byte string of `num_bytes`: the field's tag, and the length."""
+
+    def varint(value: int) -> bytes:
+        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+
+    return varint(field << 3 | 2) + varint(num_bytes)
+
+
+class _Writer:
+    """Adds layers to a graph, and collects their weights."""
+
+    def __init__(self, graph: onnx.GraphProto, tensors: Mapping[str, NDArray[Any]]) -> None:
+        self._graph, self._tensors = graph, tensors
+        self.weights: _Weights = {}
+
+    def add(self, layer: Layer, inputs: list[str], output: str) -> None:
+        match layer.kind:
+            case "conv":
+                weight, bias = self._folded(layer)
+                inputs = [*inputs, self._weight(f"{layer.name}.weight", weight)]
+                if bias is not None:
+                    inputs.append(self._weight(f"{layer.name}.bias", bias))
+                sizes = {
+                    "kernel_shape": [layer.kernel] * 2,
+                    "strides": [layer.stride] * 2,
+                    "pads": [layer.kernel // 2] * 4,
+                }
+                conv = f"{output}.conv" if layer.activation else output
+                self._node("Conv", inputs, conv, group=layer.groups, **sizes)
+                if layer.activation:
+                    self._activation(layer.activation, conv, output)
+            case "linear":
+                weight = self._tensor(f"{layer.name}.weight", layer.weight_shape)
+                inputs = [self._node("Flatten", inputs, f"{layer.name}.flatten")]
+                inputs.append(self._weight(f"{layer.name}.weight", weight))
+                if layer.bias:
+                    bias = self._tensor(f"{layer.name}.bias", (layer.out_channels,))
+                    inputs.append(self._weight(f"{layer.name}.bias", bias))
+                self._node("Gemm", inputs, output, transB=1)
+            case "avg_pool":
+                sizes = {"kernel_shape": [2, 2], "strides": [2, 2]}
+                self._node("AveragePool", inputs, output, ceil_mode=1, count_include_pad=0, **sizes)
+            case "global_pool":
+                self._node("GlobalAveragePool", inputs, output)
+            case "scale":
+                self._node("Mul", inputs, output)
+            case "add":
+                self._node("Add", inputs, output)
+
+    def _activation(self, activation: str, source: str, output: str) -> None:
+        if activation == "swish":
+            gate = self._node("Sigmoid", [source], f"{output}.gate")
+            self._node("Mul", [source, gate], output)
+        else:
+            op, options = _ACTIVATIONS[activation]
+            self._node(op, [source], output, **options)
+
+    def _node(self, op: str, inputs: list[str], output: str, **options: Any) -> str:
+        self._graph.node.append(helper.make_node(op, inputs, [output], name=output, **options))
+        return output
+
+    def _weight(self, name: str, value: NDArray[Any]) -> str:
+        self.weights[name] = value
+        return name
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        value = self._tensors.get(name)
+        if value is None:
+            hint = ": calibrate its batch norm first" if ".norm.running_" in name else ""
+            raise ExportError(f"the network has no tensor {name!r}{hint}")
+        if value.shape != shape:
+            raise ExportError(f"tensor {name!r} has shape {value.shape}, the architecture needs {shape}")
+        return value
+
+    def _folded(self, layer: Layer) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Weight and bias with batch norm folded in, in double precision."""
+        shapes = layer.tensors
+        conv, channels = f"{layer.name}.conv", (layer.out_channels,)
+        weight = self._tensor(f"{conv}.weight", shapes[f"{conv}.weight"])
+        bias = self._tensor(f"{conv}.bias", channels) if layer.bias else None
+        if not layer.norm:
+            return weight, bias
+        gamma, beta, mean, var = (
+            self._tensor(f"{layer.name}.norm.{part}", channels).astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / np.sqrt(var + BN_EPS)
+        shift = beta + ((0 if bias is None else bias) - mean) * scale
+        # In double precision block by block: a large float64 copy would take longer than all the rest.
+        folded = np.empty(weight.shape, dtype=np.float32)
+        np.multiply(weight, scale.reshape(-1, 1, 1, 1), out=folded, dtype=np.float64, casting="same_kind")
+        return folded, shift
+
+
+def random_tensors(layers: Sequence[Layer], rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Tensors for timing: He-normal weights (arXiv 1502.01852, fan-in), biases zero, batch norm nearly the identity.
+
+    Branches that are added to a shortcut end in a gamma of 0.25, so that activations keep their size through the
+    network, and no value overflows or becomes denormal. The weights repeat the same 65,537 random numbers, a prime
+    count, from another start in each layer: drawing them all takes longer than writing the file.
+    """
+    pool = rng.standard_normal(_POOL_SIZE, dtype=np.float32)
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for layer in layers:
+        for name, shape in layer.tensors.items():
+            if len(shape) > 1:
+                std = math.sqrt((2 if layer.activation else 1) / math.prod(shape[1:]))
+                numbers = np.roll(pool, int(rng.integers(_POOL_SIZE))) * np.float32(std)
+                tensors[name] = np.empty(shape, dtype=np.float32)
+                repeats, rest = divmod(tensors[name].size, _POOL_SIZE)
+                flat = tensors[name].reshape(-1)
+                flat[: repeats * _POOL_SIZE].reshape(repeats, _POOL_SIZE)[:] = numbers
+                flat[repeats * _POOL_SIZE :] = numbers[:rest]
+            else:
+                gamma = 0.25 if layer.residual else 1.0
+                tensors[name] = np.full(shape, gamma if name.endswith(".norm.weight") else 0.0, dtype=np.float32)
+        if layer.norm:
+            tensors[f"{layer.name}.norm.running_mean"] = np.zeros(layer.out_channels, dtype=np.float32)
+            tensors[f"{layer.name}.norm.running_var"] = np.ones(layer.out_channels, dtype=np.float32)
+    return tensors
+
+
+class OnnxExporter(Exporter):
+    """Writes ONNX files of opset 17 with float32 weights."""
+
+    format: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
+
+    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+        digest = hashlib.sha256()
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            for part in _encode(*_graph(layers, tensors)):
+                digest.update(part)
+                file.write(part)
+        return Artifact(path, self.format, self.precision, digest.hexdigest())

@@ -1,0 +1,199 @@
+"""The run folder: the only state between commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, with_config
+
+from hwnas.config import check, read_yaml
+from hwnas.errors import InputError
+from hwnas.predictors import LatencyPredictor, load_predictor
+from hwnas.space import SearchSpace
+from hwnas.store import Store
+
+DEFAULT = "run"
+ENVIRONMENT = "HWNAS_RUN"
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which images a run uses, and how they are cut.
+
+    Attributes:
+        name: a folder, or a data set's name.
+        size: side of the square images, pixels; None for the data's own, or what suits the space.
+        seed: of the split.
+        validation, calibration: images taken off the training part; None for a share of it.
+        limit: use only so many training images; None for all.
+    """
+
+    name: str
+    size: int | None = None
+    seed: int = 0
+    validation: int | None = None
+    calibration: int | None = None
+    limit: int | None = None
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """What a run folder was made for.
+
+    Attributes:
+        hwnas: version that made it.
+        space: the search space, whole.
+        data: the images; None in a run that was only profiled.
+        storage: URL of the database; None for a file in the folder.
+    """
+
+    hwnas: str
+    space: SearchSpace
+    data: DataConfig | None = None
+    storage: str | None = None
+
+
+class Run:
+    """A run folder.
+
+        run.yaml               the space, the data
+        checkpoints/           of training
+        supernet.safetensors   the trained weights
+        hwnas.db               measurements, evaluations, Optuna's studies
+        predictors/            one JSON file a device
+        results/               what searches found
+        exports/               deployable files
+        cache/                 downloaded data sets
+
+    Args:
+        path: the folder; None for `$HWNAS_RUN`, or `./run`.
+
+    Raises:
+        InputError: there is no run there, or its `run.yaml` is damaged.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = locate(path)
+        file = self.path / "run.yaml"
+        if not file.is_file():
+            raise InputError(
+                f"no run at {self.path}: start one with `hwnas train --data ...`, or name another with --run"
+            )
+        content, lines = read_yaml(file)
+        self.config = check(RunConfig, content, source=str(file), lines=lines)
+
+    @classmethod
+    def create(cls, path: str | Path | None, config: RunConfig) -> Run:
+        """Start a run, or reopen the one that was started in this folder with the same space and data.
+
+        Raises:
+            InputError: the folder holds a run of another space or other data, or cannot be written.
+        """
+        folder = locate(path)
+        file = folder / "run.yaml"
+        if file.is_file():
+            run = cls(folder)
+            merged = run.config if config.data is None else replace(run.config, data=config.data)
+            if run.config.data is None and config.data is not None:
+                merged = replace(merged, space=config.space)  # profiled first: training brings classes and channels
+            for what, old, new in (
+                ("space", merged.space, config.space),
+                ("data", run.config.data or config.data, config.data or run.config.data),
+            ):
+                if old != new:
+                    raise InputError(
+                        f"{folder}: holds a run with another {what} ({_difference(old, new)}): use another folder"
+                    )
+            config = replace(merged, storage=config.storage or run.config.storage, hwnas=run.config.hwnas)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(file, yaml.safe_dump(_plain(asdict(config)), sort_keys=False, width=120))
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror}): name another folder with --run") from None
+        return cls(folder)
+
+    @property
+    def space(self) -> SearchSpace:
+        return self.config.space
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / "supernet.safetensors"
+
+    @property
+    def storage_url(self) -> str:
+        """The database's URL, for SQLAlchemy and for Optuna."""
+        return self.config.storage or f"sqlite:///{(self.path / 'hwnas.db').absolute()}"
+
+    def store(self) -> Store:
+        """The run's database.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        return Store(self.storage_url)
+
+    def folder(self, name: str) -> Path:
+        """A folder of the run, made if it is not there."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def predictor_path(self, device: str) -> Path:
+        return self.path / "predictors" / f"{device}.json"
+
+    def predictor(self, device: str) -> LatencyPredictor:
+        """The latency predictor of a device.
+
+        Raises:
+            InputError: there is none yet, or its file is damaged.
+        """
+        path = self.predictor_path(device)
+        if not path.is_file():
+            raise InputError(f"no latency predictor for {device!r} in {self.path}: run `hwnas profile --device {device}`")
+        return load_predictor(path)
+
+    def result_path(self, name: str) -> Path:
+        return self.path / "results" / f"{name}.json"
+
+
+def locate(path: str | Path | None) -> Path:
+    """The run folder meant by `path`; None means `$HWNAS_RUN`, or `./run`."""
+    return Path(path or os.environ.get(ENVIRONMENT) or DEFAULT)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file: complete or not there at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _difference(old: object, new: object) -> str:
+    if old is None or new is None:
+        return f"{old} there, {new} now"
+    before, now = asdict(old), asdict(new)  # type: ignore[call-overload]
+    name = next(key for key in before if before[key] != now[key])
+    return f"{name}={before[name]!r} there, {now[name]!r} now"

@@ -1,0 +1,29 @@
+"""Random search: the neutral baseline beside every other strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hwnas.space import Architecture
+from hwnas.strategies.base import Scored, Strategy
+
+DRAWS = 4096
+ROUNDS = 50
+
+
+class RandomSearch(Strategy):
+    """Feasible children drawn uniformly: each choice uniform, children beyond the limits thrown away.
+
+    Gives up where 200,000 draws hold no feasible child that is new.
+    """
+
+    def propose(self, history: Sequence[Scored]) -> Architecture | None:
+        """See `Strategy`."""
+        known = {scored.arch for scored in history}
+        for _ in range(ROUNDS):
+            genes = self.space.sample_genes(DRAWS, self.rng)
+            for row in genes[self.feasible(genes)]:
+                arch = self.space.decode(row)
+                if arch not in known:
+                    return arch
+        return None
