@@ -12,21 +12,47 @@ __version__ = "0.1.0"
 _MODULES = {
     "Architecture": "hwnas.space",
     "Block": "hwnas.space",
+    "Candidate": "hwnas.searcher",
     "DeviceError": "hwnas.errors",
     "ExportError": "hwnas.errors",
     "InputError": "hwnas.errors",
+    "LatencyPredictor": "hwnas.predictors",
     "Layer": "hwnas.layers",
     "LimitError": "hwnas.errors",
+    "Measurement": "hwnas.devices.base",
     "Network": "hwnas.network",
+    "Profile": "hwnas.api",
+    "Result": "hwnas.searcher",
+    "Run": "hwnas.run",
     "SearchSpace": "hwnas.space",
     "Stage": "hwnas.space",
     "Supernet": "hwnas.supernet",
+    "Timing": "hwnas.devices.base",
+    "TrainConfig": "hwnas.recipes",
+    "cost": "hwnas.api",
+    "export": "hwnas.api",
+    "fit": "hwnas.api",
     "lower": "hwnas.layers",
+    "make_predictor": "hwnas.predictors",
+    "predict": "hwnas.api",
+    "profile": "hwnas.api",
+    "search": "hwnas.api",
+    "train": "hwnas.api",
 }
 
 __all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
+    from hwnas.api import Profile as Profile
+    from hwnas.api import cost as cost
+    from hwnas.api import export as export
+    from hwnas.api import fit as fit
+    from hwnas.api import predict as predict
+    from hwnas.api import profile as profile
+    from hwnas.api import search as search
+    from hwnas.api import train as train
+    from hwnas.devices.base import Measurement as Measurement
+    from hwnas.devices.base import Timing as Timing
     from hwnas.errors import DeviceError as DeviceError
     from hwnas.errors import ExportError as ExportError
     from hwnas.errors import InputError as InputError
@@ -34,6 +60,12 @@ if TYPE_CHECKING:
     from hwnas.layers import Layer as Layer
     from hwnas.layers import lower as lower
     from hwnas.network import Network as Network
+    from hwnas.predictors import LatencyPredictor as LatencyPredictor
+    from hwnas.predictors import make_predictor as make_predictor
+    from hwnas.recipes import TrainConfig as TrainConfig
+    from hwnas.run import Run as Run
+    from hwnas.searcher import Candidate as Candidate
+    from hwnas.searcher import Result as Result
     from hwnas.space import Architecture as Architecture
     from hwnas.space import Block as Block
     from hwnas.space import SearchSpace as SearchSpace

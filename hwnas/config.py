@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -15,7 +16,7 @@ T = TypeVar("T")
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -38,12 +39,15 @@ def check(kind: type[T], value: object, *, source: str, lines: dict[str, int] | 
         InputError: one line with file, line, key, rule and value of the first mistake.
     """
     try:
-        return _adapter(kind).validate_python(value)
+        made: T = _adapter(cast(Any, kind)).validate_python(value)
+        return made
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # A misspelled key first: it explains the missing one.
+        unknown = ("unexpected_keyword_argument", "extra_forbidden")
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] not in unknown)
         location = first["loc"]
         rule = first["msg"].removeprefix("Value error, ")
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if first["type"] in unknown:
             rule = f"is not a known key here: remove it or correct its spelling (value {first['input']!r})"
         elif first["type"] in ("missing", "missing_argument"):
             rule = "is missing: add it"
@@ -96,3 +100,18 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
         return yaml.safe_load(path.read_text(encoding="utf-8")), lines
     except yaml.YAMLError as error:  # values that compose but cannot be constructed, such as !!python tags
         raise InputError(f"{path}: not plain YAML: {str(error).splitlines()[0]}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"{path}: cannot be read ({reason})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None

@@ -6,6 +6,7 @@ are sums over it. A layer names the layers whose outputs it reads, so the list i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -65,6 +66,7 @@ class Layer:
 
     @property
     def output(self) -> Feature:
+        """The feature map it makes."""
         return Feature(self.name, self.out_channels, self.out_size)
 
     @property
@@ -76,8 +78,10 @@ class Layer:
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of its parameters: `{name}.conv.weight`, `{name}.norm.bias`, ...; the classifier's
-        are `{name}.weight` and `{name}.bias`."""
+        """Names and shapes of its parameters.
+
+        `{name}.conv.weight`, `{name}.norm.bias`, ...; the classifier's are `{name}.weight` and `{name}.bias`.
+        """
         conv = f"{self.name}.conv" if self.kind == "conv" else self.name
         channels = (self.out_channels,)
         tensors = {}
@@ -93,7 +97,7 @@ class Layer:
     def num_weights(self) -> int:
         """Elements of the weight tensor, without bias and batch norm."""
         shape = self.weight_shape
-        return int(np.prod(shape)) if shape else 0
+        return math.prod(shape) if shape else 0
 
     @property
     def macs(self) -> int:
@@ -108,10 +112,6 @@ class Layer:
     def params(self) -> int:
         """Weights, biases, and gamma and beta of batch norm."""
         return self.num_weights + self.out_channels * (int(self.bias) + 2 * int(self.norm))
-
-    @property
-    def depthwise(self) -> bool:
-        return self.groups > 1
 
 
 def lower(space: SearchSpace, arch: Architecture) -> tuple[Layer, ...]:
@@ -279,9 +279,7 @@ def segments(space: SearchSpace) -> Iterator[Segment]:
 def _block_at(
     space: SearchSpace, spec: StageSpace, name: str, index: int, *, downscale: int
 ) -> Callable[..., tuple[Layer, ...]]:
-    def block(
-        res: int, channels: int, width: int, depth: int, kernel: int, expand: Number
-    ) -> tuple[Layer, ...]:
+    def block(res: int, channels: int, width: int, depth: int, kernel: int, expand: Number) -> tuple[Layer, ...]:
         if depth < index:
             return ()
         source = Feature("x", channels, -(-res // downscale))  # ceil(ceil(n / a) / b) == ceil(n / (a * b))

@@ -68,8 +68,10 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandwichRule:
-    """BigNAS's step (arXiv 2003.11142, 3.1): the biggest child learns from the labels, the smallest and some random
-    ones from the biggest one's soft labels alone (in-place distillation).
+    """BigNAS's step (arXiv 2003.11142, 3.1).
+
+    The biggest child learns from the labels, the smallest and some random ones from the biggest one's soft labels
+    alone (in-place distillation).
 
     Attributes:
         num_random: random children a step.
@@ -128,7 +130,7 @@ def zero_gradients(supernet: Supernet) -> None:
     """Give every parameter a gradient of zeros, reusing the memory of the last step."""
     parameters = list(supernet.parameters())
     if all(parameter.grad is not None for parameter in parameters):
-        torch._foreach_zero_([parameter.grad for parameter in parameters])
+        torch._foreach_zero_([parameter.grad for parameter in parameters if parameter.grad is not None])
     else:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)

@@ -71,5 +71,3 @@ class Reporter:
             left = f"{(total - done) / rate:.0f} s left" if rate else "?"
             print(f"{self._what}: {done:g}/{total:g}, {left}, {note}", file=sys.stderr, flush=True)
             self._last_line = now
-
-

@@ -13,7 +13,9 @@ from pydantic import ConfigDict, with_config
 
 from hwnas.config import check, read_yaml
 from hwnas.errors import InputError
+from hwnas.files import write_text
 from hwnas.predictors import LatencyPredictor, load_predictor
+from hwnas.recipes import TrainConfig
 from hwnas.space import SearchSpace
 from hwnas.store import Store
 
@@ -51,12 +53,14 @@ class RunConfig:
         hwnas: version that made it.
         space: the search space, whole.
         data: the images; None in a run that was only profiled.
+        train: the training recipe; None likewise.
         storage: URL of the database; None for a file in the folder.
     """
 
     hwnas: str
     space: SearchSpace
     data: DataConfig | None = None
+    train: TrainConfig | None = None
     storage: str | None = None
 
 
@@ -80,7 +84,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        self.path = locate(path)
+        self.path = self.locate(path)
         file = self.path / "run.yaml"
         if not file.is_file():
             raise InputError(
@@ -89,43 +93,51 @@ class Run:
         content, lines = read_yaml(file)
         self.config = check(RunConfig, content, source=str(file), lines=lines)
 
+    @staticmethod
+    def locate(path: str | Path | None) -> Path:
+        """The folder meant by `path`; None means `$HWNAS_RUN`, or `./run`."""
+        return Path(path or os.environ.get(ENVIRONMENT) or DEFAULT)
+
+    @classmethod
+    def find(cls, path: str | Path | None) -> Run | None:
+        """The run at `path`; None if there is none yet."""
+        return cls(path) if (cls.locate(path) / "run.yaml").is_file() else None
+
     @classmethod
     def create(cls, path: str | Path | None, config: RunConfig) -> Run:
-        """Start a run, or reopen the one that was started in this folder with the same space and data.
+        """Start a run, or reopen the one that was started in this folder with the same configuration.
+
+        A run that was only profiled takes over the data and the recipe.
 
         Raises:
-            InputError: the folder holds a run of another space or other data, or cannot be written.
+            InputError: the folder holds a run of another space, data or recipe, or cannot be written.
         """
-        folder = locate(path)
+        folder = cls.locate(path)
         file = folder / "run.yaml"
         if file.is_file():
-            run = cls(folder)
-            merged = run.config if config.data is None else replace(run.config, data=config.data)
-            if run.config.data is None and config.data is not None:
-                merged = replace(merged, space=config.space)  # profiled first: training brings classes and channels
-            for what, old, new in (
-                ("space", merged.space, config.space),
-                ("data", run.config.data or config.data, config.data or run.config.data),
-            ):
-                if old != new:
+            known = cls(folder).config
+            if known.data is None:
+                known = replace(known, data=config.data, train=config.train)
+            for what in ("space", "data", "train"):
+                old, new = getattr(known, what), getattr(config, what)
+                if old != new and not (new is None and what != "space"):
                     raise InputError(
-                        f"{folder}: holds a run with another {what} ({_difference(old, new)}): use another folder"
+                        f"{folder}: holds a run with another {what} ({_difference(old, new)}): "
+                        "name another folder with --run"
                     )
-            config = replace(merged, storage=config.storage or run.config.storage, hwnas=run.config.hwnas)
+            config = replace(known, storage=config.storage or known.storage)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             write_text(file, yaml.safe_dump(_plain(asdict(config)), sort_keys=False, width=120))
         except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror}): name another folder with --run") from None
+            raise InputError(
+                f"{folder}: cannot be written ({error.strerror}): name another folder with --run"
+            ) from None
         return cls(folder)
 
     @property
     def space(self) -> SearchSpace:
+        """The search space, with the data's channels and classes."""
         return self.config.space
-
-    @property
-    def weights_path(self) -> Path:
-        return self.path / "supernet.safetensors"
 
     @property
     def storage_url(self) -> str:
@@ -147,44 +159,28 @@ class Run:
         return folder
 
     def predictor_path(self, device: str) -> Path:
+        """Where a device's predictor is, or will be."""
         return self.path / "predictors" / f"{device}.json"
 
     def predictor(self, device: str) -> LatencyPredictor:
         """The latency predictor of a device.
 
         Raises:
-            InputError: there is none yet, or its file is damaged.
+            InputError: there is none yet, its file is damaged, or it is for another space.
         """
         path = self.predictor_path(device)
         if not path.is_file():
-            raise InputError(f"no latency predictor for {device!r} in {self.path}: run `hwnas profile --device {device}`")
-        return load_predictor(path)
+            raise InputError(
+                f"no latency predictor for {device!r} in {self.path}: run `hwnas profile --device {device}`"
+            )
+        predictor = load_predictor(path)
+        if predictor.space != self.space:
+            raise InputError(f"{path}: is for another space: run `hwnas profile --device {device}`")
+        return predictor
 
     def result_path(self, name: str) -> Path:
+        """Where a search's result is, or will be."""
         return self.path / "results" / f"{name}.json"
-
-
-def locate(path: str | Path | None) -> Path:
-    """The run folder meant by `path`; None means `$HWNAS_RUN`, or `./run`."""
-    return Path(path or os.environ.get(ENVIRONMENT) or DEFAULT)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file: complete or not there at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

@@ -99,14 +99,11 @@ class Result:
             InputError: something is missing.
         """
         try:
-            return cls(
-                **{
-                    **value,
-                    "best": Candidate.from_dict(value["best"]),
-                    "front": tuple(Candidate.from_dict(item) for item in value["front"]),
-                    "random": value["random"] and Candidate.from_dict(value["random"]),
-                }
-            )
+            known = {name: value[name] for name in cls.__slots__}
+            known["best"] = Candidate.from_dict(value["best"])
+            known["front"] = tuple(Candidate.from_dict(item) for item in value["front"])
+            known["random"] = value["random"] and Candidate.from_dict(value["random"])
+            return cls(**known)
         except (KeyError, TypeError) as error:
             raise InputError(f"not a search result of hwnas ({error})") from None
 
@@ -215,7 +212,8 @@ class Searcher:
 
     def _study(self, name: str, budget: int) -> optuna.Study:
         # A study belongs to one question: predictor, limit, space and seed decide what may be proposed.
-        question = [self.predictor.to_dict(), self.limit.ms, self.limit.confidence, self.seed, budget]
+        ends = self.space.encode([self.space.smallest(), self.space.largest()])
+        question = [self.limit.upper(ends).tolist(), self.limit.ms, self.limit.confidence, self.seed, budget]
         digest = hashlib.sha256(repr((question, self.space)).encode()).hexdigest()[:8]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         arguments = {"connect_args": {"timeout": 60}} if self.storage_url.startswith("sqlite") else {}
@@ -230,9 +228,7 @@ class Searcher:
     def _trial(self, scored: Scored) -> optuna.trial.FrozenTrial:
         """The child as a finished trial; each parameter is the index of its choice in the space."""
         genes = self.space.encode([scored.arch])
-        present = [
-            (gene, int(index)) for gene, index in zip(self.space.genes, genes[0], strict=True) if index >= 0
-        ]
+        present = [(gene, int(index)) for gene, index in zip(self.space.genes, genes[0], strict=True) if index >= 0]
         distributions: dict[str, BaseDistribution] = {
             gene.name: IntDistribution(0, len(gene.choices) - 1) for gene, _ in present
         }
@@ -308,7 +304,7 @@ class Searcher:
             accuracy=scored.accuracy,
             predicted_ms=float(mean[0]),
             std_ms=float(std[0]),
-            measured_ms=measured and measured.latency_ms,
+            measured_ms=None if measured is None else measured.latency_ms,
             macs=total_macs(layers),
             params=total_params(layers),
         )

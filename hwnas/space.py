@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -41,6 +42,7 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Block:
     """One block of a stage: depthwise kernel size and expand ratio."""
@@ -49,6 +51,7 @@ class Block:
     expand: Number
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A stage: its output channels and the blocks it has (their number is the depth)."""
@@ -57,6 +60,7 @@ class Stage:
     blocks: tuple[Block, ...]
 
 
+@with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One child network: only what exists is written down, so equality and hashing are right.
@@ -98,7 +102,15 @@ class Architecture:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists for JSON."""
-        return asdict(self)
+        return {
+            "resolution": self.resolution,
+            "stem": self.stem,
+            "stages": [
+                {"width": s.width, "blocks": [{"kernel": b.kernel, "expand": b.expand} for b in s.blocks]}
+                for s in self.stages
+            ],
+            "head": self.head,
+        }
 
     @classmethod
     def from_dict(cls, value: object, source: str = "architecture") -> Self:
@@ -125,9 +137,7 @@ class Architecture:
         depths = "-".join(str(len(stage.blocks)) for stage in self.stages)
         kernels = per_stage([block.kernel for block in stage.blocks] for stage in self.stages)
         expands = per_stage([block.expand for block in stage.blocks] for stage in self.stages)
-        return (
-            f"{self.resolution}px w{self.stem}|{widths}|{self.head} d{depths} k{kernels} e{expands}"
-        )
+        return f"{self.resolution}px w{self.stem}|{widths}|{self.head} d{depths} k{kernels} e{expands}"
 
 
 @cache
@@ -167,7 +177,7 @@ def _require(rule: str, name: str, values: Sequence[Number], holds: Callable[[Nu
             raise ValueError(f"{name}={value}: {rule}")
     if len(values) > 127:
         raise ValueError(f"{name}: at most 127 choices, not {len(values)}")
-    if not values or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+    if not values or any(a >= b for a, b in pairwise(values)):
         raise ValueError(f"{name}={list(values)}: choices are listed once each, in ascending order, at least one")
 
 
@@ -254,8 +264,11 @@ class HeadSpace:
 
 @dataclass(frozen=True, slots=True)
 class Gene:
-    """One choice of the deepest walk. `depth_gene` is the index of the gene that decides whether block `block`
-    of that stage exists; None if the choice always exists."""
+    """One choice of the deepest walk.
+
+    `depth_gene` is the index of the gene that decides whether block `block` of its stage exists; None if the choice
+    always exists.
+    """
 
     name: str
     choices: tuple[Number, ...]
@@ -287,7 +300,7 @@ class SearchSpace:
     stages: tuple[StageSpace, ...]
     head: HeadSpace
     activation: Activation = "swish"
-    squeeze_excite: SqueezeExcite = SqueezeExcite()  # noqa: RUF009 - frozen
+    squeeze_excite: SqueezeExcite = SqueezeExcite()
     shortcut: Literal["identity", "pool-conv"] = "identity"
     kernel_per: Literal["layer", "stage"] = "layer"
     expand_per: Literal["layer", "stage"] = "layer"
@@ -336,9 +349,7 @@ class SearchSpace:
         content, lines = _read_space(path, ())
         multiplier = content.pop("width_multiplier", 1.0)
         if type(multiplier) not in (int, float) or not 0 < multiplier <= 10:
-            raise InputError(
-                f"{path}: width_multiplier={multiplier!r}: must be a number over 0 and at most 10"
-            )
+            raise InputError(f"{path}: width_multiplier={multiplier!r}: must be a number over 0 and at most 10")
         space = check(cls, {"name": path.stem, **content, **changes}, source=str(path), lines=lines)
         return space if multiplier == 1 else space._scaled(multiplier)
 
@@ -451,7 +462,9 @@ class SearchSpace:
         """
         found = self.walk(lambda name, _choices: arch.get(name))
         if len(arch.stages) != len(self.stages):
-            raise InputError(f"the architecture has {len(arch.stages)} stages, space {self.name!r} has {len(self.stages)}")
+            raise InputError(
+                f"the architecture has {len(arch.stages)} stages, space {self.name!r} has {len(self.stages)}"
+            )
         if found != arch:
             raise InputError(
                 f"the architecture mixes kernels or expand ratios within a stage, but space {self.name!r} has "
@@ -511,10 +524,10 @@ class SearchSpace:
             per_stage = (len(stage.kernel) if self.kernel_per == "stage" else 1) * (
                 len(stage.expand) if self.expand_per == "stage" else 1
             )
-            return len(stage.width) * per_stage * sum(per_block**depth for depth in stage.depth)
+            return len(stage.width) * per_stage * sum(int(per_block**depth) for depth in stage.depth)
 
-        outer = len(self.resolution) * len(self.stem.width) * len(self.head.width)
-        return outer * math.prod(blocks(stage) for stage in self.stages)
+        total = len(self.resolution) * len(self.stem.width) * len(self.head.width)
+        return total * math.prod(map(blocks, self.stages))
 
     def encode(self, archs: Iterable[Architecture]) -> Genes:
         """Architectures as indices into their choices: int8, (num_archs, num_genes), -1 where a block is absent.

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hwnas.errors import InputError
 from hwnas.layers import Layer, lower, segments
 from hwnas.network import Network, function, initialise, run
 from hwnas.space import Architecture, SearchSpace
+from hwnas.weights import digest, load_tensors, save_tensors
+
+WEIGHTS = "supernet.safetensors"  # in a run folder
 
 
 def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -60,11 +67,15 @@ class Supernet(nn.Module):
     Args:
         space: the search space.
         seed: of the initialisation.
+
+    Attributes:
+        about: what its file says of its training, as text.
     """
 
     def __init__(self, space: SearchSpace, *, seed: int = 0) -> None:
         super().__init__()
         self.space = space
+        self.about: dict[str, str] = {}
         self.layers = shared_layers(space)
         for layer in self.layers:
             for name, shape in layer.tensors.items():
@@ -84,11 +95,7 @@ class Supernet(nn.Module):
     def corners(self, arch: Architecture) -> dict[str, Tensor]:
         """The child's parameters by name, as views of the supernet's."""
         own = dict(self.named_parameters())
-        return {
-            name: corner(own[name], shape)
-            for layer in self.lower(arch)
-            for name, shape in layer.tensors.items()
-        }
+        return {name: corner(own[name], shape) for layer in self.lower(arch) for name, shape in layer.tensors.items()}
 
     def forward(
         self,
@@ -129,3 +136,37 @@ class Supernet(nn.Module):
             for name, parameter in child.named_parameters():
                 parameter.copy_(corners[name])
         return child
+
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits that identify the weights; accuracies are recorded under them."""
+        return digest(dict(self.named_parameters()))
+
+    def save(self, path: Path, about: Mapping[str, str] | None = None) -> None:
+        """Write weights and space to a safetensors file; `about` is kept beside them.
+
+        Raises:
+            OSError: it cannot be written; an older file is intact.
+        """
+        metadata = {**(about or {}), "space": json.dumps(self.space.to_dict())}
+        save_tensors(dict(self.named_parameters()), path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """A supernet from its file, or from the run folder that holds it; in evaluation mode.
+
+        Raises:
+            InputError: there is none, or the file is damaged.
+        """
+        file = Path(path) / WEIGHTS if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise InputError(f"no trained supernet at {file}: train one with `hwnas train`")
+        remedy = "delete it and run `hwnas train` again, which goes on from its checkpoint"
+        tensors, metadata = load_tensors(file, remedy=remedy)
+        try:
+            supernet = cls(SearchSpace.from_dict(json.loads(metadata["space"]), source=str(file)))
+            supernet.load_state_dict(tensors)
+            supernet.about = {name: text for name, text in metadata.items() if name != "space"}
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"{file}: not a supernet of hwnas ({str(error).splitlines()[0]})") from None
+        # Depthwise convolutions are about twice as fast with channels last, on processors and on GPUs.
+        return supernet.to(memory_format=torch.channels_last).eval()

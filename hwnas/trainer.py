@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hwnas.data import Dataset, resize, steps_per_epoch, train_batch, train_batches
@@ -24,6 +22,7 @@ from hwnas.progress import Report, silent
 from hwnas.recipes import TrainConfig
 from hwnas.space import SearchSpace
 from hwnas.supernet import Supernet
+from hwnas.weights import load_tensors, save_tensors
 
 KEEP = 2  # checkpoints
 
@@ -36,12 +35,14 @@ class Checkpoint:
         step: steps that are done.
         config: the run's configuration, with the number of threads that was chosen.
         space: what is trained.
+        data: the images it is trained on, in a few words.
         tensors: of the supernet (`model.*`) and of the optimizer (`optimizer.<parameter>.<name>`).
     """
 
     step: int
     config: TrainConfig
     space: SearchSpace
+    data: str
     tensors: dict[str, Tensor]
 
     def save(self, folder: Path) -> Path:
@@ -55,6 +56,7 @@ class Checkpoint:
             "step": str(self.step),
             "config": json.dumps(self.config.to_dict()),
             "space": json.dumps(self.space.to_dict()),
+            "data": self.data,
         }
         save_tensors(self.tensors, path, metadata)
         for old in _checkpoints(folder)[:-KEEP]:
@@ -75,42 +77,13 @@ class Checkpoint:
         try:
             config = TrainConfig.from_dict(json.loads(metadata["config"]), source=str(paths[-1]))
             space = SearchSpace.from_dict(json.loads(metadata["space"]), source=str(paths[-1]))
-            return cls(int(metadata["step"]), config, space, tensors)
+            return cls(int(metadata["step"]), config, space, metadata["data"], tensors)
         except (KeyError, ValueError) as error:
             raise InputError(f"{paths[-1]}: not a checkpoint of hwnas ({error})") from None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file, complete or not there at all.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_tensors(path: Path, *, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        InputError: the file is damaged or cannot be read; `remedy` ends the message.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: damaged or unreadable ({error}): {remedy}") from None
 
 
 class Trainer:
@@ -141,7 +114,7 @@ class Trainer:
         self.space, self.data, self.folder, self.notice = space, data, folder, notice
         self.supernet = Supernet(space, seed=config.seed)
         # Depthwise convolutions are about twice as fast with channels last, on processors and on GPUs.
-        self.supernet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.supernet.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.supernet, config)
         self.config = config
         self.step = 0
@@ -198,8 +171,9 @@ class Trainer:
         metrics = self.gradients(pixels, labels)
         lr = self.config.learning_rate(self.step / self.steps_per_epoch)
         if not np.isfinite([metrics.biggest, metrics.smallest, *metrics.random]).all():
+            losses = _describe(_smooth((), metrics))
             raise InputError(
-                f"the loss is not finite at step {self.step}, learning rate {lr:g} ({_describe(_smooth((), metrics))}): "
+                f"the loss is not finite at step {self.step}, learning rate {lr:g} ({losses}): "
                 "lower train.lr; the last checkpoint is intact"
             )
         for group in self.optimizer.param_groups:
@@ -232,14 +206,22 @@ class Trainer:
             OSError: the disk is full, for example; the older checkpoints are intact.
         """
         names = {parameter: name for name, parameter in self.supernet.named_parameters()}
-        tensors = {f"model.{name}": parameter for parameter, name in names.items()}
-        for parameter, state in self.optimizer.state.items():
-            for key, value in state.items():
+        tensors: dict[str, Tensor] = {f"model.{name}": parameter for parameter, name in names.items()}
+        for parameter, name in names.items():
+            for key, value in self.optimizer.state[parameter].items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{names[parameter]}:{key}"] = value
-        return Checkpoint(self.step, self.config, self.space, tensors).save(self.folder)
+                    tensors[f"optimizer.{name}:{key}"] = value
+        return Checkpoint(self.step, self.config, self.space, self._data_identity(), tensors).save(self.folder)
+
+    def _data_identity(self) -> str:
+        return f"{self.data.name}: {len(self.data.train)} images, {self.data.preprocessing}"
 
     def _resume(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.data != self._data_identity():
+            raise InputError(
+                f"{self.folder}: training began with other images ({checkpoint.data}; now {self._data_identity()}): "
+                "use another run folder"
+            )
         if checkpoint.space != self.space:
             raise InputError(
                 f"{self.folder}: holds checkpoints of another space ({checkpoint.space.name!r}): use another run folder"
@@ -247,9 +229,7 @@ class Trainer:
         ours = replace(self.config, threads=checkpoint.config.threads)
         changed = [
             f"{name}={theirs} there, {mine} now"
-            for (name, theirs), mine in zip(
-                checkpoint.config.to_dict().items(), ours.to_dict().values(), strict=True
-            )
+            for (name, theirs), mine in zip(checkpoint.config.to_dict().items(), ours.to_dict().values(), strict=True)
             if theirs != mine
         ]
         if changed:

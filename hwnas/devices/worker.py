@@ -4,7 +4,7 @@ It is sent to other machines as it is, so it is one file that imports the standa
 never hwnas. A process of its own keeps the measurement free of its parent's threads, and a crash of the runtime away
 from the parent.
 
-It reads one JSON object a line from stdin and answers each with one line on stdout, `{"ok": ...}` or `{"error": "why"}`;
+`warmup_s` is for a network that has to be loaded first. It reads one JSON object a line from stdin and answers each with one line on stdout, `{"ok": ...}` or `{"error": "why"}`;
 whatever else the runtime prints goes to stderr. It ends when stdin does, or when a request takes over its `limit_s`.
 
     {"op": "versions"}                      -> {"onnxruntime": "1.31.1", "processor": "..."}
@@ -38,6 +38,8 @@ NUM_OPEN = 2  # networks kept loaded: the child and the reference that are timed
 
 class OnnxRuntime:
     """Networks in ONNX files, on the processor."""
+
+    accepts = "onnx"
 
     def versions(self) -> dict[str, str]:
         """Of the runtime."""
@@ -86,46 +88,26 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-class Cores:
-    """Keeps the process on the given cores, or on those that do least for others."""
+def least_busy(allowed: set[int], count: int, sample_s: float = 0.1) -> list[int]:
+    """The cores that do least at the moment; what runs freely then keeps off the one that we pin ourselves to."""
 
-    def __init__(self) -> None:
-        self.allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-        self._busy: dict[int, int] = {}
-
-    def _others(self) -> dict[int, int]:
-        """Busy time of each core so far, in ticks."""
-        busy = {}
+    def busy() -> dict[int, int]:
+        ticks = {}
         for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
-            name, *ticks = line.split()
+            name, *values = line.split()
             if name.startswith("cpu") and name != "cpu":
-                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks[:8])
-                busy[int(name[3:])] = user + nice + system + irq + softirq + steal
-        return busy
+                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, values[:8])
+                ticks[int(name[3:])] = user + nice + system + irq + softirq + steal
+        return ticks
 
-    def pin(self, cores: list[int] | None, threads: int, wait_s: float = 0.05) -> list[int]:
-        """Move to `cores`, or without any to the `threads` least busy ones."""
-        if not self.allowed:
-            return []
-        if cores is None:
-            if threads >= len(self.allowed):
-                cores = sorted(self.allowed)
-            else:
-                before = self._others()
-                time.sleep(wait_s)
-                after = self._others()
-                cores = sorted(sorted(self.allowed), key=lambda core: after[core] - before[core])[:threads]
-        os.sched_setaffinity(0, cores)
-        return sorted(cores)
+    before = busy()
+    time.sleep(sample_s)
+    after = busy()
+    return sorted(sorted(allowed), key=lambda core: after.get(core, 0) - before.get(core, 0))[:count]
 
 
 def time_runs(
-    run: Callable[[], object],
-    threads: int,
-    warmup_runs: int,
-    warmup_s: float,
-    repeats: int,
-    min_duration_s: float,
+    run: Callable[[], object], threads: int, warmup_runs: int, repeats: int, min_duration_s: float
 ) -> tuple[list[int], list[int]]:
     """Wall time of each run, ns, and whether the system took the processor away during it."""
     clock = time.perf_counter_ns
@@ -134,10 +116,8 @@ def time_runs(
     def switches() -> int:
         return resource.getrusage(who).ru_nivcsw if resource else 0
 
-    done, end = 0, clock() + int(warmup_s * 1e9)
-    while done < warmup_runs or clock() < end:
+    for _ in range(warmup_runs):
         run()
-        done += 1
     times: list[int] = []
     preempted: list[int] = []
     last = switches()
@@ -154,7 +134,7 @@ def time_runs(
 
 def facts(cores: list[int]) -> dict[str, Any]:
     """The machine's state, as far as it tells."""
-    found: dict[str, Any] = {"cores": cores, "python": platform.python_version(), "system": platform.platform()}
+    found: dict[str, Any] = {"cores": cores}
     if hasattr(os, "getloadavg"):
         found["load"] = round(os.getloadavg()[0], 2)
     readings = {
@@ -178,26 +158,39 @@ class Worker:
 
     def __init__(self, runtime: OnnxRuntime) -> None:
         self._runtime = runtime
-        self._open: OrderedDict[tuple[Any, ...], tuple[Callable[[], object], list[int]]] = OrderedDict()
-        self._cores = Cores()
+        self._open: OrderedDict[tuple[Any, ...], Callable[[], object]] = OrderedDict()
+        self._allowed: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        self._pinned: dict[str, list[int]] = {}
 
     def versions(self) -> dict[str, str]:
+        """See the request of this name."""
         return {**self._runtime.versions(), "processor": processor()}
 
-    def run(
-        self, path: str, threads: int, cores: list[int] | None, **timing: Any
-    ) -> dict[str, Any]:
-        stat = os.stat(path)
-        key = (path, stat.st_mtime_ns, stat.st_size, threads, tuple(cores or ()))
+    def run(self, path: str, threads: int, cores: list[int] | None, warmup_s: float, **timing: Any) -> dict[str, Any]:
+        """See the request of this name."""
+        stat = os.stat(path)  # noqa: PTH116 - a str path
+        key = (path, stat.st_mtime_ns, stat.st_size, threads, str(cores))
+        pinned = self._pin(cores, threads)
         if key not in self._open:
             while len(self._open) >= NUM_OPEN:
                 self._open.popitem(last=False)
-            pinned = self._cores.pin(cores, threads)
-            self._open[key] = self._runtime.load(path, threads), pinned
+            self._open[key] = self._runtime.load(path, threads)
+            end = time.perf_counter() + warmup_s
+            while time.perf_counter() < end:
+                self._open[key]()
         self._open.move_to_end(key)
-        run, pinned = self._open[key]
-        times, preempted = time_runs(run, threads, **timing)
+        times, preempted = time_runs(self._open[key], threads, **timing)
         return {"times_ns": times, "preempted": preempted, "facts": facts(pinned)}
+
+    def _pin(self, cores: list[int] | None, threads: int) -> list[int]:
+        """Keep this process, and the runtime's threads that it will start, on some cores."""
+        if not self._allowed:
+            return []
+        wanted = f"{cores} {threads}"
+        if wanted not in self._pinned:
+            self._pinned[wanted] = sorted(cores or least_busy(self._allowed, threads))
+        os.sched_setaffinity(0, self._pinned[wanted])
+        return self._pinned[wanted]
 
 
 def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from hwnas.errors import ExportError
-from hwnas.export.base import Artifact, Exporter, replacing
+from hwnas.exporters.base import Artifact, Exporter
+from hwnas.files import replacing
 from hwnas.layers import IMAGE, Layer
 
 _Weights: TypeAlias = dict[str, NDArray[Any]]
@@ -22,7 +22,6 @@ _Weights: TypeAlias = dict[str, NDArray[Any]]
 LOGITS = "logits"
 BN_EPS = 1e-5
 _OPSET, _IR_VERSION = 17, 8  # the oldest pair with all we need: every runtime's converter reads it
-_POOL_SIZE = 65_537
 
 # What onnxruntime 1.31's optimiser makes of them on a CPU, and why they are written so (x86-64, AVX-512, 1 thread):
 # h-swish, relu, sigmoid and h-sigmoid become part of the convolution; swish becomes one QuickGelu after it (tiny's
@@ -183,34 +182,6 @@ class _Writer:
         return folded, shift
 
 
-def random_tensors(layers: Sequence[Layer], rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
-    """Tensors for timing: He-normal weights (arXiv 1502.01852, fan-in), biases zero, batch norm nearly the identity.
-
-    Branches that are added to a shortcut end in a gamma of 0.25, so that activations keep their size through the
-    network, and no value overflows or becomes denormal. The weights repeat the same 65,537 random numbers, a prime
-    count, from another start in each layer: drawing them all takes longer than writing the file.
-    """
-    pool = rng.standard_normal(_POOL_SIZE, dtype=np.float32)
-    tensors: dict[str, NDArray[np.float32]] = {}
-    for layer in layers:
-        for name, shape in layer.tensors.items():
-            if len(shape) > 1:
-                std = math.sqrt((2 if layer.activation else 1) / math.prod(shape[1:]))
-                numbers = np.roll(pool, int(rng.integers(_POOL_SIZE))) * np.float32(std)
-                tensors[name] = np.empty(shape, dtype=np.float32)
-                repeats, rest = divmod(tensors[name].size, _POOL_SIZE)
-                flat = tensors[name].reshape(-1)
-                flat[: repeats * _POOL_SIZE].reshape(repeats, _POOL_SIZE)[:] = numbers
-                flat[repeats * _POOL_SIZE :] = numbers[:rest]
-            else:
-                gamma = 0.25 if layer.residual else 1.0
-                tensors[name] = np.full(shape, gamma if name.endswith(".norm.weight") else 0.0, dtype=np.float32)
-        if layer.norm:
-            tensors[f"{layer.name}.norm.running_mean"] = np.zeros(layer.out_channels, dtype=np.float32)
-            tensors[f"{layer.name}.norm.running_var"] = np.ones(layer.out_channels, dtype=np.float32)
-    return tensors
-
-
 class OnnxExporter(Exporter):
     """Writes ONNX files of opset 17 with float32 weights."""
 
@@ -224,3 +195,12 @@ class OnnxExporter(Exporter):
                 digest.update(part)
                 file.write(part)
         return Artifact(path, self.format, self.precision, digest.hexdigest())
+
+    def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        import onnxruntime
+
+        try:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            return np.concatenate([session.run([LOGITS], {IMAGE: image[None]})[0] for image in images])
+        except Exception as error:  # onnxruntime's own exceptions have no common base
+            raise ExportError(f"onnxruntime cannot run {path}: {error}") from None

@@ -1,0 +1,603 @@
+"""The verbs: what `hwnas train`, `profile`, `fit`, `search`, `export`, `predict` and `cost` do, as functions.
+
+Each works on a run folder and finds there what the one before left. Heavy packages load when a verb needs them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hwnas import __version__
+from hwnas.config import check, read_json
+from hwnas.devices import Device, device_names, load_device
+from hwnas.devices.base import Measurement, Role
+from hwnas.errors import DeviceError, InputError
+from hwnas.files import write_text
+from hwnas.layers import Layer, lower, total_macs, total_params
+from hwnas.measure import choose_children, measure
+from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, make_predictor
+from hwnas.predictors import report as prediction_report
+from hwnas.progress import Report, silent
+from hwnas.recipes import RECIPES, TrainConfig
+from hwnas.run import DataConfig, Run, RunConfig
+from hwnas.space import Architecture, SearchSpace
+from hwnas.store import Store
+
+if TYPE_CHECKING:
+    from hwnas.data import Dataset
+    from hwnas.evaluator import Evaluator
+    from hwnas.searcher import Result
+
+Notice = Callable[[str], None]
+
+
+def _quiet(text: str) -> None:
+    pass
+
+
+# -------------------------------------------------------------------- train
+
+
+def train(
+    run: str | Path | None = None,
+    *,
+    space: str | Path | None = None,
+    data: str | Path | None = None,
+    recipe: str = "short",
+    changes: dict[str, Any] | None = None,
+    report: Report = silent,
+    notice: Notice = _quiet,
+) -> Run:
+    """Train a supernet, or go on where an earlier call was interrupted.
+
+    Args:
+        run: the run folder.
+        space: a space's name or file; by default `tiny`. Its channels and classes come from the data.
+        data: a data set's name, or a folder of images. Not needed when the run already has it.
+        recipe: one of `hwnas.recipes.RECIPES`.
+        changes: fields to change, such as `{"train.epochs": 1, "space.kernel_per": "stage", "data.size": 32}`.
+        report: told the progress.
+        notice: told what a user should know.
+
+    Returns:
+        The run, with its trained supernet.
+
+    Raises:
+        InputError: bad data, space or configuration, or the run folder holds another run.
+    """
+    from hwnas.supernet import WEIGHTS
+    from hwnas.trainer import Trainer
+
+    folder = Run.find(run)
+    if data is None:
+        if folder is None or folder.config.data is None:
+            raise InputError("which images? Name a data set or a folder with --data")
+        config = folder.config
+        if space is not None or changes:
+            raise InputError("this run has its configuration already: leave out the options, or give --data too")
+    else:
+        config = _configure(space or "tiny", data, recipe, changes or {})
+    images = load_data(config, Run.locate(run), notice)
+    if data is not None:
+        channels = images.preprocessing.channels
+        config = replace(config, space=replace(config.space, in_channels=channels, num_classes=len(images.classes)))
+    opened = Run.create(run, config)
+    assert opened.config.train is not None
+    trainer = Trainer(opened.space, images, opened.config.train, opened.folder("checkpoints"), notice)
+    supernet = trainer.run(report)
+    supernet.save(opened.path / WEIGHTS, {"data": images.name, "train": json.dumps(trainer.config.to_dict())})
+    return opened
+
+
+def _configure(space: str | Path, data: str | Path, recipe: str, changes: dict[str, Any]) -> RunConfig:
+    if recipe not in RECIPES:
+        raise InputError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+    parts: dict[str, dict[str, Any]] = {"space": {}, "data": {"name": str(data)}, "train": RECIPES[recipe]().to_dict()}
+    for key, value in changes.items():
+        part, _, name = key.partition(".")
+        if part not in parts or not name:
+            raise InputError(f"{key}: options are named train.<key>, data.<key> or space.<key>")
+        parts[part][name] = value
+    return RunConfig(
+        hwnas=__version__,
+        space=SearchSpace.load(space, **parts["space"]),
+        data=check(DataConfig, parts["data"], source="data"),
+        train=TrainConfig.from_dict(parts["train"], source="train"),
+    )
+
+
+def load_data(config: RunConfig, folder: Path, notice: Notice = _quiet) -> Dataset:
+    """The images of a run.
+
+    Raises:
+        InputError: they cannot be loaded, or the run has none.
+    """
+    from hwnas.data import load_dataset
+
+    if config.data is None:
+        raise InputError(f"the run at {folder} has no data: train with `hwnas train --data ...`")
+    options = asdict(config.data)
+    return load_dataset(options.pop("name"), cache=folder / "cache", notice=notice, **options)
+
+
+# -------------------------------------------------------------------- profile, fit, predict
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What `profile` and `fit` leave: a predictor and how good it is.
+
+    Attributes:
+        device: its name.
+        predictor: fitted to the children measured for it.
+        num_children: how many those are.
+        num_failed, num_unstable: measurements that failed, and that stayed noisy.
+        cross_validation: errors on children left out of the fit in turn.
+        holdout: errors on fresh random children measured for this only; None if there are none.
+    """
+
+    device: str
+    predictor: LatencyPredictor
+    num_children: int
+    num_failed: int
+    num_unstable: int
+    cross_validation: PredictionReport
+    holdout: PredictionReport | None
+
+    @property
+    def choice(self) -> str:
+        """What `auto` chose and why; empty for other kinds."""
+        return getattr(self.predictor, "choice", "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "device": self.device,
+            "kind": self.predictor.kind,
+            "choice": self.choice,
+            "num_children": self.num_children,
+            "num_failed": self.num_failed,
+            "num_unstable": self.num_unstable,
+            "cross_validation": asdict(self.cross_validation),
+            "holdout": self.holdout and asdict(self.holdout),
+        }
+
+
+def profile(
+    device: str | Path,
+    run: str | Path | None = None,
+    *,
+    children: int = 60,
+    holdout: int = 0,
+    space: str | Path | None = None,
+    kind: str = "auto",
+    seed: int = 0,
+    report: Report = silent,
+    notice: Notice = _quiet,
+) -> Profile:
+    """Measure children on a device, and fit its latency predictor. What is measured already is not measured again.
+
+    Args:
+        device: a device's name or file.
+        run: the run folder.
+        children: how many to fit to, spread over the space, the smallest and biggest among them.
+        holdout: how many fresh random ones to test the predictor on.
+        space: for a run folder that holds no run yet: profile before training.
+        kind: of predictor.
+        seed: of the choice of children.
+        report: told the progress.
+        notice: told what a user should know.
+
+    Raises:
+        InputError: unknown device, kind or space, no run, or numbers that make no sense.
+        DeviceError: the device cannot be used.
+    """
+    if children < 5:
+        raise InputError(f"children={children}: at least 5 are needed to fit a predictor")
+    if holdout < 0:
+        raise InputError(f"holdout={holdout}: must be at least 0")
+    make_predictor(kind, SearchSpace.load("tiny"))  # refuses an unknown kind before an hour of measuring
+    opened = Run(run) if space is None else Run.create(run, _profile_only(run, space))
+    chosen = choose_children(opened.space, children, np.random.default_rng([seed, 0]))
+    rng = np.random.default_rng([seed, 1])
+    fresh: list[Architecture] = []
+    while len(fresh) < min(holdout, opened.space.size() - len(chosen)):
+        arch = opened.space.sample(rng)
+        if arch not in fresh and arch not in chosen:
+            fresh.append(arch)
+    total = len(chosen) + len(fresh)
+    with _device(device, opened) as target, opened.store() as store:
+        bench = _bench(opened, target, store)
+        bench(chosen, "fit", lambda done, _, note="": report(done, total, note))
+        bench(fresh, "holdout", lambda done, _, note="": report(len(chosen) + done, total, note))
+        return _fit(opened, target, store, kind)
+
+
+def _profile_only(run: str | Path | None, space: str | Path) -> RunConfig:
+    known = Run.find(run)
+    if known is not None and known.config.data is not None:
+        raise InputError(f"{known.path}: has its space already: leave out --space")
+    return RunConfig(hwnas=__version__, space=SearchSpace.load(space))
+
+
+Bench = Callable[..., list[Measurement]]
+
+
+def _bench(run: Run, device: Device, store: Store) -> Bench:
+    """`bench(archs, role, report)`: measurements of children, by the device's protocol."""
+
+    def bench(archs: Sequence[Architecture], role: Role, report: Report = silent) -> list[Measurement]:
+        rng = np.random.default_rng(0)  # of the weights, on which latency does not depend
+        return measure(archs, run.space, device, device.timing, store, role=role, rng=rng, report=report)
+
+    return bench
+
+
+def _device(name: str | Path, run: Run) -> Device:
+    return load_device(name, run.path / "devices")
+
+
+def fit(device: str | Path, run: str | Path | None = None, *, kind: str = "auto") -> Profile:
+    """Fit a device's latency predictor to what the run's database holds, and save it.
+
+    Raises:
+        InputError: unknown kind or device, or nothing measured on the device.
+        DeviceError: the device cannot be reached.
+    """
+    opened = Run(run)
+    with _device(device, opened) as target, opened.store() as store:
+        return _fit(opened, target, store, kind)
+
+
+def _fit(run: Run, device: Device, store: Store, kind: str) -> Profile:
+    """Finalists of searches count among the children that the predictor is fitted to; held-out ones never do."""
+    known = _known(device, store)
+    good = [m for m in known if m.error is None]
+    train, test = [m for m in good if m.role != "holdout"], [m for m in good if m.role == "holdout"]
+    if not train:
+        raise InputError(
+            f"nothing measured on {device.name!r} in {run.path}: run `hwnas profile --device {device.name}`"
+        )
+    archs, latency_ms = [m.arch for m in train], [m.latency_ms for m in train]
+    predictor = make_predictor(kind, run.space).fit(archs, latency_ms)
+    validated = cross_validate(
+        lambda: make_predictor(kind, run.space), archs, latency_ms, folds=5, rng=np.random.default_rng(0)
+    )
+    tested = None
+    if test:
+        mean, std = predictor.predict([m.arch for m in test])
+        tested = prediction_report([m.latency_ms for m in test], mean, std)
+    run.folder("predictors")
+    predictor.save(run.predictor_path(device.name))
+    return Profile(
+        device=device.name,
+        predictor=predictor,
+        num_children=len(train),
+        num_failed=len(known) - len(good),
+        num_unstable=sum(m.unstable for m in good),
+        cross_validation=validated,
+        holdout=tested,
+    )
+
+
+def _known(device: Device, store: Store) -> list[Measurement]:
+    """The last measurement of each child on the device by its protocol."""
+    found = store.measurements(device=device.name, timing=device.timing)
+    return list({m.arch: m for m in found}.values())
+
+
+def predict(
+    device: str, archs: Sequence[str | Path | Architecture], run: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """Predicted latencies of children on a device.
+
+    Args:
+        device: a device with a predictor in the run.
+        archs: architectures, `smallest`, `biggest`, or files (see `read_architecture`).
+        run: the run folder.
+
+    Returns:
+        For each child `architecture`, `predicted_ms` and `std_ms`.
+
+    Raises:
+        InputError: no predictor for the device yet, or an architecture outside the space.
+    """
+    opened = Run(run)
+    predictor = opened.predictor(device)
+    children = [opened.space.check(read_architecture(arch, opened.space)) for arch in archs]
+    mean, std = predictor.predict(children)
+    return [
+        {"architecture": arch.to_dict(), "predicted_ms": float(m), "std_ms": float(s)}
+        for arch, m, s in zip(children, mean, std, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------- search
+
+
+def search(
+    device: str,
+    latency_ms: float,
+    run: str | Path | None = None,
+    *,
+    evaluations: int = 100,
+    confidence: float = 0.95,
+    baseline: bool = True,
+    seed: int = 0,
+    report: Report = silent,
+    notice: Notice = _quiet,
+) -> Result:
+    """Find the most accurate child that keeps a latency limit on a device. Saved as `results/<device>-<limit>ms.json`.
+
+    Accuracies are on the validation images. What an earlier search evaluated or measured is not worked out again.
+
+    Args:
+        device: a device with a predictor in the run.
+        latency_ms: the limit, milliseconds.
+        run: the run folder.
+        evaluations: children to evaluate.
+        confidence: with which a child that was not measured has to keep the limit.
+        baseline: whether to run random search with as many evaluations beside it.
+        seed: of all chance.
+        report: told the progress.
+        notice: told what a user should know.
+
+    Raises:
+        InputError: bad numbers, no trained supernet, no predictor.
+        LimitError: no child keeps the limit.
+        DeviceError: the device cannot be used.
+    """
+    from hwnas.searcher import Searcher
+
+    opened = Run(run)
+    predictor = opened.predictor(device)
+    with opened.store() as store, _device(device, opened) as target:
+        evaluator = _evaluator(opened, notice)
+        bench = _bench(opened, target, store)
+        searcher = Searcher(
+            opened.space,
+            predictor,
+            device=target.name,
+            limit_ms=latency_ms,
+            confidence=confidence,
+            evaluate=lambda arch: evaluator.accuracy(arch, store),
+            measure=lambda archs: bench(archs, "finalist"),
+            measurements=[m for m in _known(target, store) if m.role == "fit"],
+            storage_url=opened.storage_url,
+            seed=seed,
+            notice=notice,
+        )
+        result = searcher.run(evaluations, baseline=baseline, report=report)
+    document = {**result.to_dict(), "weights": evaluator.supernet.identity(), "hwnas": __version__}
+    write_text(opened.result_path(f"{target.name}-{latency_ms:g}ms"), json.dumps(document, indent=2) + "\n")
+    return result
+
+
+def accuracy(arch: Architecture, run: str | Path | None = None, *, split: str = "validation") -> float:
+    """The accuracy of a child with the run's weights, calibrated, 0 to 1.
+
+    Args:
+        arch: the child.
+        run: the run folder.
+        split: `validation`, or `test`: for the last table, never for choosing.
+
+    Raises:
+        InputError: no trained supernet, an architecture outside the space, or an unknown split.
+    """
+    opened = Run(run)
+    with opened.store() as store:
+        return _evaluator(opened).accuracy(opened.space.check(arch), store, split)
+
+
+def _evaluator(run: Run, notice: Notice = _quiet) -> Evaluator:
+    import torch
+
+    from hwnas.evaluator import Evaluator
+    from hwnas.supernet import Supernet
+
+    supernet = Supernet.load(run.path)
+    if supernet.space != run.space:
+        raise InputError(f"{run.path}: the supernet's space is not that of run.yaml: one of them was replaced")
+    torch.set_num_threads(json.loads(supernet.about["train"])["threads"])  # what training found fastest
+    return Evaluator(supernet, load_data(run.config, run.path, notice))
+
+
+# -------------------------------------------------------------------- export
+
+
+def export(
+    run: str | Path | None = None,
+    *,
+    format: str = "onnx",
+    result: str | None = None,
+    arch: str | Path | Architecture | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+    num_parity_images: int = 64,
+    notice: Notice = _quiet,
+) -> tuple[Path, dict[str, Any]]:
+    """Write a child as a deployable bundle: a folder with the model file and `manifest.json`.
+
+    The child is calibrated, its file is run in its own runtime on real images and compared with the child, measured on
+    the device, and evaluated on the test images.
+
+    Args:
+        run: the run folder.
+        format: of the file.
+        result: name of a search result (`cpu-0.2ms`), whose best child is exported; by default the last search's.
+        arch: a child of your own in its place: an architecture, `smallest`, `biggest`, or a file.
+        device: where to measure the file; by default the search's device.
+        output: the bundle's folder; by default `exports/<name>` in the run.
+        num_parity_images: test images to compare logits on.
+        notice: told what a user should know.
+
+    Returns:
+        The folder and the manifest.
+
+    Raises:
+        InputError: unknown format, no search result, an architecture outside the space, an unwritable target.
+        ExportError: the file does not compute what the child computes; nothing is written.
+        DeviceError: the device cannot be used.
+    """
+    from hwnas.bundle import write_bundle
+    from hwnas.exporters.base import exporter
+
+    opened = Run(run)
+    writer = exporter(format)
+    if arch is None:
+        name, found = _result(opened, result)
+        child_arch, device = found.best.architecture, device or found.device
+    else:
+        found, child_arch = None, opened.space.check(read_architecture(arch, opened.space))
+        name = arch if arch in ("smallest", "biggest") else child_arch.id
+    target = Path(output) if output is not None else opened.folder("exports") / f"{name}-{format}"
+    evaluator = _evaluator(opened, notice)
+    latency = None
+    if device is not None:
+        with opened.store() as store, _device(device, opened) as bench_device:
+            if bench_device.accepts != format:
+                raise InputError(
+                    f"device {device!r} runs {bench_device.accepts} files, but the exporter writes {format}: "
+                    f"use --format {bench_device.accepts}"
+                )
+            measured = _bench(opened, bench_device, store)([child_arch], "export")[0]
+            latency = _latency(opened, measured)
+    data = evaluator.data
+    child = evaluator.child(child_arch)
+    test = evaluator.score(child, child_arch, data.test)
+    about = {
+        "architecture": child_arch.to_dict(),
+        "architecture_text": child_arch.describe(),
+        "space": opened.space.name,
+        "preprocessing": {**asdict(data.preprocessing), "resolution": child_arch.resolution, "resize": "bicubic"},
+        "classes": list(data.classes),
+        "accuracy": {"split": "test", "value": test.accuracy, "num_images": test.num_images},
+        "latency": latency,
+        "limit": None if found is None else {"device": found.device, "latency_ms": found.limit_ms},
+        "training": {"data": data.name, "weights": evaluator.supernet.identity()},
+    }
+    images = evaluator.images(data.test, child_arch.resolution, num_parity_images)
+    path, _ = write_bundle(child, writer, images, target, about)
+    return path, read_json(path / "manifest.json")
+
+
+def _latency(run: Run, measured: Measurement) -> dict[str, Any] | None:
+    if measured.error is not None:
+        raise DeviceError(f"the child could not be measured on {measured.device}: {measured.error}")
+    document: dict[str, Any] = {
+        "device": measured.device,
+        "runtime": measured.runtime,
+        "versions": dict(measured.versions),
+        "precision": measured.precision,
+        "timing": asdict(measured.timing),
+        "measured_ms": measured.latency_ms,
+        "relative_iqr": measured.relative_iqr,
+        "predicted_ms": None,
+        "std_ms": None,
+    }
+    if run.predictor_path(measured.device).is_file():
+        mean, std = run.predictor(measured.device).predict([measured.arch])
+        document |= {"predicted_ms": float(mean[0]), "std_ms": float(std[0])}
+    return document
+
+
+def _result(run: Run, name: str | None) -> tuple[str, Result]:
+    from hwnas.searcher import Result
+
+    paths = sorted((run.path / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise InputError(f"no finished search in {run.path}: run `hwnas search --device cpu --latency-ms ...` first")
+    path = paths[-1] if name is None else run.result_path(name)
+    if path not in paths:
+        raise InputError(f"no result {name!r} in {run.path}: not one of {', '.join(p.stem for p in paths)}")
+    return path.stem, Result.from_dict(read_json(path))
+
+
+# -------------------------------------------------------------------- cost, devices
+
+
+def cost(
+    arch: str | Path | Architecture, *, space: str | Path | None = None, run: str | Path | None = None
+) -> dict[str, Any]:
+    """Multiply-adds, parameters and layers of a child.
+
+    Args:
+        arch: an architecture, `smallest`, `biggest`, or a file; it need not be a member of the space.
+        space: a space's name or file; by default the run's.
+        run: the run folder.
+
+    Raises:
+        InputError: unknown space, or a file that is no architecture of as many stages.
+    """
+    chosen = SearchSpace.load(space) if space is not None else Run(run).space
+    child = read_architecture(arch, chosen)
+    if len(child.stages) != len(chosen.stages):
+        raise InputError(
+            f"the architecture has {len(child.stages)} stages, space {chosen.name!r} has {len(chosen.stages)}: "
+            "name its own space with --space"
+        )
+    layers = lower(chosen, child)
+    try:
+        chosen.check(child)
+        in_space = True
+    except InputError:
+        in_space = False
+    return {
+        "space": chosen.name,
+        "in_space": in_space,
+        "architecture": child.to_dict(),
+        "architecture_text": child.describe(),
+        "macs": total_macs(layers),
+        "params": total_params(layers),
+        "layers": [_layer(layer) for layer in layers],
+    }
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    return {**asdict(layer), "out_size": layer.out_size, "macs": layer.macs, "params": layer.params}
+
+
+def read_architecture(arch: str | Path | Architecture, space: SearchSpace) -> Architecture:
+    """An architecture as given, by the names `smallest` and `biggest`, or from a JSON file.
+
+    The file holds an architecture, or a document with one under `architecture` (a manifest, an entry of a front) or
+    under `best` (a search result).
+
+    Raises:
+        InputError: the file is missing or holds no architecture.
+    """
+    if isinstance(arch, Architecture):
+        return arch
+    if arch == "smallest":
+        return space.smallest()
+    if arch in ("biggest", "largest"):
+        return space.largest()
+    content = read_json(Path(arch))
+    for key in ("best", "architecture"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return Architecture.from_dict(content, source=str(arch))
+
+
+def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
+    """The devices that can be named, and whether the run has a predictor for them."""
+    found = Run.find(run)
+    listed = []
+    for name in device_names(None if found is None else found.path / "devices"):
+        device = load_device(name, None if found is None else found.path / "devices")
+        listed.append(
+            {
+                "name": name,
+                "runtime": device.runtime,
+                "accepts": device.accepts,
+                "precision": device.precision,
+                "predictor": found is not None and found.predictor_path(name).is_file(),
+            }
+        )
+    return listed

@@ -1,0 +1,378 @@
+"""The command line: a table of commands, each a thin layer over a function of `hwnas.api`.
+
+Every command takes `--json` (one document on stdout, everything else on stderr) and ends with what it made and the
+next command to run. Exit codes: 0 done, 1 bug, 2 wrong input, 3 limit not satisfiable, 4 device unavailable,
+5 export failed its parity check.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hwnas.errors import HwnasError, InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hwnas.api import Profile
+
+RUN = click.option("--run", metavar="FOLDER", help="Run folder [default: $HWNAS_RUN, or ./run].")
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+DEVICE = click.option("--device", metavar="NAME", required=True, help="A device's name or file: see `hwnas devices`.")
+SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="hwnas")
+def cli() -> None:
+    """One training run, the right network for every device."""
+
+
+def command(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command with some options."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        for option in reversed(options):
+            function = option(function)
+        return cli.command()(function)
+
+    return decorate
+
+
+def notice(text: str) -> None:
+    """Tell the user, beside the result."""
+    click.echo(text, err=True)
+
+
+def finish(as_json: bool, document: dict[str, Any], *show: Table | str) -> None:
+    """The end of a command: the document, or the tables and lines for people."""
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    from rich.console import Console
+
+    # In a file or a pipe nothing is wrapped; a terminal folds what is too wide for it.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    for item in show:
+        console.print(item, soft_wrap=isinstance(item, str), markup=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table for people; numbers to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(columns):
+        numbers = all(re.fullmatch(r"[-\d.,%±\s]*", str(row[index])) for row in rows)
+        made.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    return made
+
+
+def parse_changes(pairs: Sequence[str], config: str | None) -> dict[str, Any]:
+    """`("train.lr=0.1",)`, and a YAML file of the same keys, as a dict; a pair overrides the file."""
+    import yaml
+
+    from hwnas.config import read_yaml
+
+    changes: dict[str, Any] = {}
+    if config is not None:
+        from pathlib import Path
+
+        content, _ = read_yaml(Path(config))
+        if not isinstance(content, dict) or not all(isinstance(part, dict) for part in content.values()):
+            raise InputError(f"{config}: a configuration has the keys train, data and space, each with keys below it")
+        changes = {f"{part}.{key}": value for part, keys in content.items() for key, value in keys.items()}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"-o {pair}: write key=value, such as -o train.lr=0.1")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"-o {pair}: the value is not YAML") from None
+    return changes
+
+
+@command(
+    RUN,
+    click.option("--data", metavar="NAME|FOLDER", help="A data set's name, or a folder of images."),
+    click.option("--space", metavar="NAME|FILE", help="A space's name or YAML file [default: tiny]."),
+    click.option("--recipe", default="short", show_default=True, help="short, or bignas."),
+    click.option("--config", metavar="FILE", help="YAML with the keys of -o."),
+    click.option("-o", "pairs", multiple=True, metavar="KEY=VALUE", help="train.<key>, data.<key> or space.<key>."),
+    JSON,
+)
+def train(
+    run: str | None,
+    data: str | None,
+    space: str | None,
+    recipe: str,
+    config: str | None,
+    pairs: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Train a supernet, or go on with an interrupted training."""
+    from hwnas import api
+    from hwnas.progress import Reporter
+
+    with Reporter("train") as report:
+        trained = api.train(
+            run,
+            data=data,
+            space=space,
+            recipe=recipe,
+            changes=parse_changes(pairs, config),
+            report=report,
+            notice=notice,
+        )
+    document = {"run": str(trained.path), "space": trained.space.name}
+    done = f"trained: {trained.path / 'supernet.safetensors'}"
+    finish(as_json, document, done, next_line("profile", trained.path, "--device", "cpu"))
+
+
+@command(
+    RUN,
+    DEVICE,
+    click.option("--children", default=60, show_default=True, help="Children to fit the predictor to."),
+    click.option("--holdout", default=0, show_default=True, help="Fresh random children to test it on."),
+    click.option("--space", metavar="NAME|FILE", help="To profile before training, in a new run folder."),
+    click.option("--kind", default="auto", show_default=True, help="Kind of predictor."),
+    SEED,
+    JSON,
+)
+def profile(
+    run: str | None,
+    device: str,
+    children: int,
+    holdout: int,
+    space: str | None,
+    kind: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Measure children on a device, and fit its latency predictor."""
+    from hwnas import api
+    from hwnas.progress import Reporter
+
+    with Reporter(f"profile {device}") as report:
+        made = api.profile(
+            device,
+            run,
+            children=children,
+            holdout=holdout,
+            space=space,
+            kind=kind,
+            seed=seed,
+            report=report,
+            notice=notice,
+        )
+    _show_profile(made, run, as_json)
+
+
+@command(RUN, DEVICE, click.option("--kind", default="auto", show_default=True, help="Kind of predictor."), JSON)
+def fit(run: str | None, device: str, kind: str, as_json: bool) -> None:
+    """Fit a device's predictor anew to what was measured."""
+    from hwnas import api
+
+    _show_profile(api.fit(device, run, kind=kind), run, as_json)
+
+
+def _show_profile(made: Profile, run: str | None, as_json: bool) -> None:
+    from hwnas.run import Run
+
+    rows = [
+        [name, r.num, f"{r.spearman:.3f}", f"{r.mape_pct:.1f}%", f"{r.within_5_pct:.0f}%", f"{r.within_10_pct:.0f}%",
+         f"{r.coverage_90:.0f}%"]
+        for name, r in (("cross-validation", made.cross_validation), ("held out", made.holdout))
+        if r is not None
+    ]  # fmt: skip
+    columns = ["tested on", "children", "Spearman", "mean error", "within 5%", "within 10%", "in 90% interval"]
+    counts = f"{made.num_children} children fitted, {made.num_failed} failed, {made.num_unstable} stayed noisy"
+    finish(
+        as_json,
+        made.to_dict(),
+        table(f"latency predictor of {made.device} ({made.predictor.kind})", columns, rows),
+        counts + (f"; {made.choice}" if made.choice else ""),
+        next_line("search", Run.locate(run), "--device", made.device, "--latency-ms", "..."),
+    )
+
+
+@command(
+    RUN,
+    DEVICE,
+    click.option("--latency-ms", type=float, required=True, help="The limit, milliseconds."),
+    click.option("--evaluations", default=100, show_default=True, help="Children to evaluate."),
+    click.option("--confidence", default=0.95, show_default=True, help="With which an unmeasured child keeps it."),
+    click.option("--baseline/--no-baseline", default=True, show_default=True, help="Random search beside it."),
+    SEED,
+    JSON,
+)
+def search(
+    run: str | None,
+    device: str,
+    latency_ms: float,
+    evaluations: int,
+    confidence: float,
+    baseline: bool,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Find the most accurate child under a latency limit."""
+    from hwnas import api
+    from hwnas.progress import Reporter
+    from hwnas.run import Run
+
+    with Reporter(f"search {device}") as report:
+        result = api.search(
+            device,
+            latency_ms,
+            run,
+            evaluations=evaluations,
+            confidence=confidence,
+            baseline=baseline,
+            seed=seed,
+            report=report,
+            notice=notice,
+        )
+    found = [("best", result.best), ("random search", result.random)]
+    found += [("front", candidate) for candidate in result.front if candidate != result.best]
+    rows = [
+        [name, c.architecture.describe(), f"{c.accuracy:.2%}", f"{c.predicted_ms:.3f} ± {c.std_ms:.3f}",
+         "-" if c.measured_ms is None else f"{c.measured_ms:.3f}", f"{c.macs / 1e6:.2f}", f"{c.params / 1e3:.0f}"]
+        for name, c in found
+        if c is not None
+    ]  # fmt: skip
+    columns = ["", "architecture", "validation", "predicted ms", "measured ms", "MMACs", "k params"]
+    title = f"{latency_ms:g} ms on {device}, {result.num_evaluations} evaluations"
+    finish(
+        as_json,
+        result.to_dict(),
+        table(title, columns, rows),
+        next_line("export", Run.locate(run), "--format", "onnx"),
+    )
+
+
+@command(
+    RUN,
+    click.option("--format", "format_", default="onnx", show_default=True, help="Of the file."),
+    click.option("--result", metavar="NAME", help="Of a search [default: the last one]."),
+    click.option("--arch", metavar="smallest|biggest|FILE", help="A child of your own, in place of a search's."),
+    click.option("--device", metavar="NAME", help="Measure the file there [default: the search's device]."),
+    click.option("--output", metavar="FOLDER", help="The bundle [default: in the run folder]."),
+    JSON,
+)
+def export(
+    run: str | None,
+    format_: str,
+    result: str | None,
+    arch: str | None,
+    device: str | None,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    """Write a child as a deployable file, checked against its parent."""
+    from hwnas import api
+
+    path, manifest = api.export(
+        run, format=format_, result=result, arch=arch, device=device, output=output, notice=notice
+    )
+    latency = manifest["latency"]
+    rows = [
+        ["file", f"{path / manifest['file']['name']} ({manifest['file']['size_bytes']:,} bytes)"],
+        ["architecture", manifest["architecture_text"]],
+        ["accuracy", f"{manifest['accuracy']['value']:.2%} of {manifest['accuracy']['num_images']:,} test images"],
+        ["parity", f"logits within {manifest['parity']['max_abs_diff']:.1e}, top class agrees on "
+                   f"{manifest['parity']['top1_agreement']:.0%} of {manifest['parity']['num_images']} images"],
+        ["latency", "not measured" if latency is None else f"{latency['measured_ms']:.3f} ms on {latency['device']}"],
+    ]  # fmt: skip
+    finish(as_json, {"bundle": str(path), **manifest}, table("exported", ["", ""], rows))
+
+
+@command(
+    RUN,
+    DEVICE,
+    click.option("--arch", "archs", multiple=True, required=True, metavar="smallest|biggest|FILE", help="May repeat."),
+    JSON,
+)
+def predict(run: str | None, device: str, archs: tuple[str, ...], as_json: bool) -> None:
+    """Predict the latency of children on a device."""
+    from hwnas import api
+
+    found = api.predict(device, archs, run)
+    rows = [[name, f"{p['predicted_ms']:.4f}", f"{p['std_ms']:.4f}"] for name, p in zip(archs, found, strict=True)]
+    columns = ["child", "predicted ms", "standard deviation"]
+    finish(as_json, {"device": device, "predictions": found}, table(f"on {device}", columns, rows))
+
+
+@command(
+    RUN,
+    click.option("--space", metavar="NAME|FILE", help="The space [default: the run's]."),
+    click.option("--arch", required=True, metavar="smallest|biggest|FILE", help="The child."),
+    JSON,
+)
+def cost(run: str | None, space: str | None, arch: str, as_json: bool) -> None:
+    """Multiply-adds, parameters and layers of a child."""
+    from hwnas import api
+
+    document = api.cost(arch, space=space, run=run)
+    rows = [
+        [layer["name"], layer["kind"], layer["in_channels"], layer["out_channels"], layer["kernel"], layer["stride"],
+         layer["in_size"], layer["out_size"], layer["macs"], layer["params"]]
+        for layer in document["layers"]
+    ]  # fmt: skip
+    columns = ["layer", "kind", "in", "out", "kernel", "stride", "in px", "out px", "MACs", "params"]
+    total = f"{document['macs'] / 1e6:,.2f} M MACs, {document['params'] / 1e6:,.3f} M parameters"
+    outside = "" if document["in_space"] else f"; not a member of space {document['space']}"
+    finish(as_json, document, table(document["architecture_text"], columns, rows), total + outside)
+
+
+@command(RUN, JSON)
+def devices(run: str | None, as_json: bool) -> None:
+    """List the devices that can be named."""
+    from hwnas import api
+
+    found = api.devices(run)
+    columns = ["device", "runtime", "files", "precision", "predictor in this run"]
+    rows = [[d["name"], d["runtime"], d["accepts"], d["precision"], "yes" if d["predictor"] else "no"] for d in found]
+    finish(as_json, {"devices": found}, table("devices", columns, rows))
+
+
+def next_line(verb: str, run: object, *words: str) -> str:
+    """The command to run next, ready to paste."""
+    from hwnas.run import DEFAULT
+
+    where = [] if str(run) == DEFAULT else ["--run", str(run)]
+    return "next: " + shlex.join(["hwnas", verb, *where, *words])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    try:
+        cli.main(args=None if arguments is None else list(arguments), prog_name="hwnas", standalone_mode=False)
+    except click.exceptions.Abort:
+        return 130
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        click.echo(f"hwnas: {error.format_message()}".replace("\n", " "), err=True)
+        return 2
+    except HwnasError as error:
+        click.echo(f"hwnas: {error}", err=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        click.echo("hwnas: interrupted: the same command goes on from here", err=True)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0

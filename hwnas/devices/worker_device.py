@@ -1,0 +1,182 @@
+"""Runtimes that Python drives: `worker.py` runs on the device, and this side asks it."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from hwnas.devices import worker
+from hwnas.devices.base import Device, DeviceGoneError, RunTimes, Timing, Transport
+from hwnas.errors import DeviceError
+
+START_TIMEOUT_S = 120.0  # importing a runtime from a cold disk, at the worst
+
+
+class WorkerDevice(Device):
+    """A runtime in a Python process of its own on the other side of a transport.
+
+    The process starts at the first use, and anew after a crash or a hang, which end as a `DeviceError`.
+
+    Args:
+        name: of the device.
+        transport: to the machine.
+        runtime: one of `hwnas.devices.worker.RUNTIMES`.
+        precision: of the arithmetic.
+        timing: the protocol that suits the device.
+        cores: to run on; None for the least busy ones.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        runtime: str,
+        *,
+        precision: str = "fp32",
+        timing: Timing | None = None,
+        cores: tuple[int, ...] | None = None,
+    ) -> None:
+        self.name, self.runtime, self.precision = name, runtime, precision
+        self.accepts = worker.RUNTIMES[runtime].accepts
+        self.timing = timing or Timing()
+        self._transport, self._cores = transport, cores
+        self._process: _Process | None = None
+        self._versions: dict[str, str] = {}
+
+    def versions(self) -> dict[str, str]:
+        self._open()
+        return dict(self._versions)
+
+    def run(self, path: Path, timing: Timing) -> RunTimes:
+        request = {
+            "op": "run",
+            "path": self._transport.send(path),
+            "cores": self._cores,
+            "threads": timing.threads,
+            "warmup_s": timing.warmup_s,
+            "warmup_runs": timing.warmup_runs,
+            "repeats": timing.repeats,
+            "min_duration_s": timing.min_duration_s,
+        }
+        answer = self._ask(self._open(), request, timing.timeout_s)
+        return RunTimes(
+            tuple(ns / 1e6 for ns in answer["times_ns"]),
+            tuple(map(bool, answer["preempted"])),
+            answer["facts"],
+        )
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+
+    def _open(self) -> _Process:
+        if self._process is None:
+            script = self._transport.send(Path(worker.__file__))
+            self._process = _Process(self._transport, [*self._transport.python, script, self.runtime])
+            try:
+                self._versions = self._ask(self._process, {"op": "versions"}, START_TIMEOUT_S)
+            except DeviceError as error:
+                self.close()
+                raise DeviceGoneError(f"{error}; is {self.runtime} installed there?") from None
+        return self._process
+
+    def _ask(self, process: _Process, request: dict[str, Any], timeout_s: float) -> Any:
+        try:
+            answer = process.ask({**request, "limit_s": timeout_s + 5}, timeout_s)  # it ends itself if we are gone
+        except _Ended as ended:
+            self.close()
+            raise DeviceError(f"device {self.name!r}: {self.runtime} {ended}") from None
+        except BaseException:  # interrupted: its answer would be taken for that of the next request
+            self.close()
+            raise
+        if "error" in answer:
+            raise DeviceError(f"device {self.name!r}: {_first_line(answer['error'])}")
+        return answer["ok"]
+
+
+class _Ended(Exception):
+    """The worker cannot answer any more; the message completes the sentence `onnxruntime ...`."""
+
+
+class _Process:
+    """A running worker."""
+
+    def __init__(self, transport: Transport, command: list[str]) -> None:
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in kill
+        try:
+            self._process: subprocess.Popen[bytes] = transport.start(command, self._stderr)
+        except BaseException:
+            self._stderr.close()
+            raise
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._rest = b""
+
+    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The worker's answer.
+
+        Raises:
+            _Ended: it died, said something else, or took over `timeout_s`.
+        """
+        try:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+        except OSError:
+            raise _Ended(self._reason()) from None
+        line = self._read_line(timeout_s)
+        try:
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError:
+            raise _Ended(f"sent what is not JSON: {line[:100]!r}") from None
+        return answer
+
+    def _read_line(self, timeout_s: float) -> bytes:
+        end = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._answers, selectors.EVENT_READ)
+            while b"\n" not in self._rest:
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    raise _Ended(f"did not answer within {timeout_s:g} s, and was ended")
+                data = os.read(self._answers.fileno(), 1 << 16)
+                if not data:
+                    raise _Ended(self._reason())
+                self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line
+
+    def _reason(self) -> str:
+        """Why the worker died."""
+        try:
+            status = self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            return "closed its output"
+        if status < 0:
+            hint = " (out of memory, or somebody killed it)" if status == -signal.SIGKILL else ""
+            return f"was ended by {signal.Signals(-status).name}{hint}"
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return f"ended with status {status}: {lines[-1] if lines else 'it said nothing'}"
+
+    def kill(self) -> None:
+        """End the worker, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for file in (self._requests, self._answers, self._stderr):
+            try:
+                file.close()
+            except OSError:  # a request that never left
+                continue
+
+
+def _first_line(text: str, limit: int = 300) -> str:
+    line = text.strip().splitlines()[0]
+    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -1,0 +1,133 @@
+"""What an exporter is: it writes a network, given as layers and tensors, into a file of one format."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwnas.errors import InputError
+from hwnas.layers import Layer
+
+# The class of each format, imported when asked for: some need a package of their own.
+_EXPORTERS = {"onnx": "hwnas.exporters.onnx:OnnxExporter"}
+_POOL_SIZE = 65_537
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A network in a file.
+
+    Attributes:
+        path: the file.
+        format: `onnx`, `tflite`, ...: what a device's `accepts` says.
+        precision: `fp32`, `int8`, ...
+        sha256: of the file's bytes, hexadecimal.
+    """
+
+    path: Path
+    format: str
+    precision: str
+    sha256: str
+
+
+class Exporter(ABC):
+    """Writes networks in one format.
+
+    Profiling calls `write` once a child, with random tensors. Export calls it once with trained ones, and then `infer`,
+    to compare what the file computes with what the network does.
+
+    Attributes:
+        format: the format's name, as the user and `Device.accepts` write it.
+        suffix: of its files, `.onnx`.
+        precision: that of the weights and the arithmetic in the files it writes.
+    """
+
+    format: ClassVar[str]
+    suffix: ClassVar[str]
+    precision: str = "fp32"
+
+    @abstractmethod
+    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+        """Write a network's file.
+
+        The file at `path` is complete at any time, the old one or the new one (`hwnas.files.replacing`).
+
+        Args:
+            layers: what `hwnas.layers.lower` gives.
+            tensors: by the names that `Layer.tensors` gives, and `{layer}.norm.running_mean` and `running_var` of
+                every layer with batch norm.
+            path: the file to write; its folder exists.
+
+        Raises:
+            ExportError: a tensor is missing or has the wrong shape, or the format cannot express the network.
+            OSError: the file cannot be written.
+        """
+
+    @abstractmethod
+    def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run a file in the format's own runtime on this machine.
+
+        Args:
+            path: what `write` wrote.
+            images: (num_images, in_channels, resolution, resolution), preprocessed.
+
+        Returns:
+            Logits, (num_images, num_classes).
+
+        Raises:
+            ExportError: the runtime is missing, refuses the file, or fails.
+        """
+
+
+def formats() -> tuple[str, ...]:
+    """The formats that `exporter` knows."""
+    return tuple(sorted(_EXPORTERS))
+
+
+def exporter(format: str) -> Exporter:
+    """The exporter of a format.
+
+    Raises:
+        InputError: there is none.
+    """
+    if format not in _EXPORTERS:
+        raise InputError(f"format {format!r} is not one of {', '.join(formats())}")
+    module, _, name = _EXPORTERS[format].partition(":")
+    made: Exporter = getattr(import_module(module), name)()
+    return made
+
+
+def random_tensors(layers: Sequence[Layer], rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
+    """Tensors for timing: He-normal weights (arXiv 1502.01852, fan-in), biases zero, batch norm nearly the identity.
+
+    Branches that are added to a shortcut end in a gamma of 0.25, so that activations keep their size through the
+    network, and no value overflows or becomes denormal. The weights repeat the same 65,537 random numbers, a prime
+    count, from another start in each layer: drawing them all takes longer than writing a file.
+    """
+    pool = rng.standard_normal(_POOL_SIZE, dtype=np.float32)
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for layer in layers:
+        for name, shape in layer.tensors.items():
+            if len(shape) > 1:
+                std = math.sqrt((2 if layer.activation else 1) / math.prod(shape[1:]))
+                numbers = np.roll(pool, int(rng.integers(_POOL_SIZE))) * np.float32(std)
+                tensors[name] = np.empty(shape, dtype=np.float32)
+                repeats, rest = divmod(tensors[name].size, _POOL_SIZE)
+                flat = tensors[name].reshape(-1)
+                flat[: repeats * _POOL_SIZE].reshape(repeats, _POOL_SIZE)[:] = numbers
+                flat[repeats * _POOL_SIZE :] = numbers[:rest]
+            else:
+                gamma = 0.25 if layer.residual else 1.0
+                tensors[name] = np.full(shape, gamma if name.endswith(".norm.weight") else 0.0, dtype=np.float32)
+        if layer.norm:
+            tensors[f"{layer.name}.norm.running_mean"] = np.zeros(layer.out_channels, dtype=np.float32)
+            tensors[f"{layer.name}.norm.running_var"] = np.ones(layer.out_channels, dtype=np.float32)
+    return tensors

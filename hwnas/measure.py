@@ -1,0 +1,273 @@
+"""The measuring loop: which children to measure, and measuring them on a device."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwnas.devices.base import (
+    Device,
+    DeviceGoneError,
+    Measurement,
+    Role,
+    RunTimes,
+    Timing,
+    protocol_key,
+    steady_rounds,
+    usual_ms,
+)
+from hwnas.errors import DeviceError, ExportError
+from hwnas.exporters.base import exporter, random_tensors
+from hwnas.layers import LayerSums, lower
+from hwnas.progress import Report, silent
+from hwnas.space import Architecture, Genes, SearchSpace
+from hwnas.store import Store
+
+MAX_FAILURES = 3  # in a row: then it is the device
+_IN_MEMORY, _ENOUGH_BYTES = Path("/dev/shm"), 2**30
+
+
+def measure(
+    archs: Sequence[Architecture],
+    space: SearchSpace,
+    device: Device,
+    timing: Timing,
+    store: Store,
+    *,
+    role: Role = "fit",
+    rng: np.random.Generator | None = None,
+    folder: Path | None = None,
+    report: Report = silent,
+) -> list[Measurement]:
+    """Measure children on a device, and record each as soon as it is measured.
+
+    A child's network is written with random weights and timed in turns with a reference network of the space, as
+    `Timing` says. What cannot be measured is recorded with the reason. A child that has a measurement by the same
+    protocol in the store, in whatever role, is not measured again; one that failed is tried again.
+
+    Args:
+        archs: the children.
+        space: theirs.
+        device: stays open.
+        timing: the protocol.
+        store: for the results.
+        role: of the measurements in the store.
+        rng: of the weights.
+        folder: for the networks' files, which are removed; by default in memory, where there is room.
+        report: told the number of children done, and the last one's latency.
+
+    Returns:
+        A measurement of each child, in the order of `archs`, with or without times.
+
+    Raises:
+        DeviceError: the device cannot be used, or three children in a row failed. What was measured is in the store.
+        OSError: a file cannot be written.
+    """
+    wanted = list(dict.fromkeys(archs))
+    with _folder(folder) as work:
+        bench = _Bench(space, device, timing, store, work, rng or np.random.default_rng())
+        known = bench.known()
+        failures = 0
+        for done, arch in enumerate(wanted, 1):
+            if arch not in known:
+                measurement = bench.measure(arch, role)
+                store.add_measurement(measurement)
+                failures = failures + 1 if measurement.error else 0
+                if failures == MAX_FAILURES:
+                    raise DeviceError(f"{failures} children in a row failed, the last with: {measurement.error}")
+                note = measurement.error or f"{measurement.latency_ms:.3g} ms"
+                report(done, len(wanted), note)
+        measured = bench.known(failed=True)
+    return [measured[arch] for arch in archs]
+
+
+class _Bench:
+    """What all children of one `measure` are measured with."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        device: Device,
+        timing: Timing,
+        store: Store,
+        folder: Path,
+        rng: np.random.Generator,
+    ) -> None:
+        self._space, self._device, self._timing, self._store = space, device, timing, store
+        self._folder, self._rng = folder, rng
+        self._exporter = exporter(device.accepts)
+        self._versions = device.versions()
+        reference = reference_child(space)
+        self._reference = reference.id
+        self._reference_path = self._write(reference)
+        self._reference_ms: list[float] = []  # of all rounds by this protocol
+
+    def known(self, failed: bool = False) -> dict[Architecture, Measurement]:
+        """The last measurement by this protocol of each child that has one."""
+        device = self._device
+        protocol = protocol_key(
+            device.name, device.runtime, self._versions, device.precision, self._timing, self._reference
+        )
+        found = self._store.measurements(protocol=protocol)
+        self._reference_ms = [ms for measurement in found for ms in measurement.reference_ms]
+        return {measurement.arch: measurement for measurement in found if failed or measurement.error is None}
+
+    def measure(self, arch: Architecture, role: Role) -> Measurement:
+        """One child, measured or failed.
+
+        Raises:
+            DeviceGoneError: the device cannot be used any more.
+        """
+        rounds: list[RunTimes] = []
+        reference_ms: list[float] = []
+        error = None
+        started = written = time.perf_counter()
+        try:
+            path = self._write(arch)
+            written = time.perf_counter()
+            rounds, reference_ms = self._rounds(path)
+            path.unlink()
+        except DeviceGoneError:
+            raise
+        except (DeviceError, ExportError) as failure:
+            error = str(failure)
+        self._reference_ms += reference_ms
+        return Measurement(
+            arch=arch,
+            device=self._device.name,
+            runtime=self._device.runtime,
+            versions=self._versions,
+            precision=self._device.precision,
+            timing=self._timing,
+            reference=self._reference,
+            role=role,
+            rounds=tuple(rounds),
+            reference_ms=tuple(reference_ms),
+            usual_reference_ms=self._usual([]) if rounds else None,
+            error=error,
+            write_s=written - started,
+            run_s=time.perf_counter() - written,
+        )
+
+    def _write(self, arch: Architecture) -> Path:
+        layers = lower(self._space, arch)
+        path = self._folder / f"{arch.id}{self._exporter.suffix}"
+        return self._exporter.write(layers, random_tensors(layers, self._rng), path).path
+
+    def _rounds(self, path: Path) -> tuple[list[RunTimes], list[float]]:
+        """Rounds of the child, and the reference's medians around them."""
+        timing = self._timing
+        rounds: list[RunTimes] = []
+        reference_ms = [self._device.run(self._reference_path, timing).latency_ms]
+        while len(rounds) < timing.max_rounds:
+            rounds.append(self._device.run(path, timing))
+            reference_ms.append(self._device.run(self._reference_path, timing).latency_ms)
+            if len(rounds) >= timing.rounds:
+                steady = steady_rounds(rounds, reference_ms, self._usual(reference_ms), timing)
+                if steady.sum() >= timing.rounds:
+                    break
+        return rounds, reference_ms
+
+    def _usual(self, further: list[float]) -> float:
+        return usual_ms([*self._reference_ms, *further], self._timing.max_drift)
+
+
+def reference_child(space: SearchSpace) -> Architecture:
+    """The child that others are timed in turns with: the lower middle of every choice."""
+    return space.walk(lambda _name, choices: choices[(len(choices) - 1) // 2])
+
+
+@contextmanager
+def _folder(parent: Path | None) -> Iterator[Path]:
+    """A temporary folder: in memory, where nothing waits for a disk, if there is room."""
+    if parent is None and _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free >= _ENOUGH_BYTES:
+        parent = _IN_MEMORY
+    with tempfile.TemporaryDirectory(prefix="hwnas-", dir=parent) as folder:
+        yield Path(folder)
+
+
+# -------------------------------------------------------------------- which children
+
+
+def choose_children(
+    space: SearchSpace,
+    count: int,
+    rng: np.random.Generator,
+    macs: Callable[[Genes], NDArray[np.float64]] | None = None,
+    num_candidates: int = 16_384,
+) -> list[Architecture]:
+    """Children to measure: the smallest, the biggest, and others spread evenly over sizes and choices.
+
+    Uniform sampling clusters at middle sizes: a sum of many choices. Here the range of log-MACs is cut into equal parts,
+    one a child, and each part gives the candidate that differs most in its choices from those taken before. Any first
+    few of the children are spread over the whole range, too.
+
+    Args:
+        space: the search space.
+        count: of children; fewer are returned where the space has fewer.
+        rng: of the candidates.
+        macs: of genes (num_archs, num_genes), (num_archs,) or (num_archs, 1); worked out if not given.
+        num_candidates: drawn at random, from the small ones to the big ones.
+    """
+    ends = [space.smallest(), space.largest()]
+    if count <= 2:
+        return list(dict.fromkeys(ends))[:count]
+    genes = np.unique(np.concatenate([space.encode(ends), _candidates(space, num_candidates, rng)]), axis=0)
+    if macs is None:
+        macs = LayerSums(space, lambda layer: (layer.macs,))
+    size = np.log(macs(genes).reshape(len(genes)))
+    places = _places(space, genes)
+    end_rows = [int(np.flatnonzero((genes == row).all(axis=1))[0]) for row in space.encode(ends)]
+    chosen = list(dict.fromkeys(end_rows))
+    distance = np.min([np.abs(places - places[row]).sum(axis=1) for row in chosen], axis=0)
+    edges = np.linspace(size.min(), size.max(), count - 1)
+    parts = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, count - 3)
+    taken = np.isin(np.arange(len(genes)), chosen)
+    for part in _bisecting_order(count - 2):
+        free = ~taken
+        if not free.any():
+            break
+        # Where a part has no candidate, those of the nearest part that has one.
+        gaps = np.abs(parts - part)
+        near = np.flatnonzero(free & (gaps == gaps[free].min()))
+        best = int(near[np.argmax(distance[near])])
+        taken[best] = True
+        chosen.append(best)
+        distance = np.minimum(distance, np.abs(places - places[best]).sum(axis=1))
+    return [space.decode(genes[row]) for row in chosen]
+
+
+def _candidates(space: SearchSpace, count: int, rng: np.random.Generator) -> Genes:
+    """Random children of all sizes as genes, (count, num_genes): each leans to small or big choices as a whole, and
+    each of its choices a little by itself."""
+    lean = rng.uniform(-2.5, 2.5, size=(count, 1))
+    columns = []
+    for gene in space.genes:
+        position = rng.random((count, 1)) ** np.exp(lean + rng.normal(0, 0.7, size=(count, 1)))
+        columns.append((position * len(gene.choices)).astype(np.int8).clip(max=len(gene.choices) - 1))
+    return space.mask_absent(np.concatenate(columns, axis=1))
+
+
+def _places(space: SearchSpace, genes: Genes) -> NDArray[np.float64]:
+    """Each choice as a place from 0 to 1, absent ones at -0.5; weighted so that resolution, widths, depths, kernels and
+    expand ratios count the same in a sum over the columns, (num_archs, num_genes)."""
+    kinds = [gene.name.rpartition(".")[2] for gene in space.genes]
+    steps = np.asarray([max(len(gene.choices) - 1, 1) for gene in space.genes])
+    varying = [len(gene.choices) > 1 or gene.depth_gene is not None for gene in space.genes]
+    number = {kind: sum(k == kind and v for k, v in zip(kinds, varying, strict=True)) for kind in kinds}
+    weights = np.asarray([1 / max(number[kind], 1) for kind in kinds])
+    return np.where(genes < 0, -0.5, genes / steps) * weights
+
+
+def _bisecting_order(count: int) -> list[int]:
+    """0 to count - 1 in an order of which every beginning is spread: by the reversed bits (van der Corput)."""
+    bits = max(count - 1, 1).bit_length()
+    reverse = (int(f"{index:0{bits}b}"[::-1], 2) for index in range(2**bits))
+    return [index for index in reverse if index < count]

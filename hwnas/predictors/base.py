@@ -1,0 +1,274 @@
+"""What a latency predictor is. A new kind needs this file only; `MacsPredictor` in prior.py is the shortest example."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, with_config
+
+from hwnas.config import check
+from hwnas.errors import InputError
+from hwnas.space import Architecture, Genes, SearchSpace
+
+FloatArray: TypeAlias = NDArray[np.float64]
+Model: TypeAlias = Callable[[Genes], tuple[FloatArray, FloatArray]]
+
+
+class NotFittedError(RuntimeError):
+    """A predictor was asked to predict or save before `fit` or `load`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitStatistics:
+    """What a predictor was fitted on, and how closely: for people to read.
+
+    Attributes:
+        num_samples: measurements.
+        least_ms, greatest_ms: their range.
+        mape_pct: mean absolute error on these same measurements, percent; on others it is greater.
+    """
+
+    num_samples: int
+    least_ms: float
+    greatest_ms: float
+    mape_pct: float
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PredictorFile:
+    """A predictor as JSON holds it; `learned` is the kind's own, `created` an ISO 8601 time."""
+
+    schema: Literal[1]
+    kind: str
+    space: dict[str, Any]
+    learned: dict[str, Any]
+    statistics: FitStatistics
+    created: str
+
+    @classmethod
+    def read(cls, path: Path) -> PredictorFile:
+        """Read a file that `LatencyPredictor.save` wrote.
+
+        Raises:
+            InputError: it cannot be read, is damaged, or is something else.
+        """
+
+        def refuse(constant: str) -> float:
+            raise ValueError(f"{constant} is not JSON")
+
+        try:
+            content = json.loads(path.read_bytes(), parse_constant=refuse)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not a predictor, or damaged: {error}") from None
+        return check(PredictorFile, content, source=str(path))
+
+
+class LatencyPredictor(ABC):
+    """Predicts a child's latency on one device from few measurements.
+
+    First `fit` (or `load`), then any number of `predict`. A kind implements two methods: `_learn` turns
+    measurements into a JSON object, and `_model` turns that object into a function of genes. `fit` passes what was
+    learned through JSON, so a loaded predictor predicts exactly what the fitted one did.
+
+        predictor = make_predictor("gp", space).fit(archs, latency_ms)
+        mean_ms, std_ms = predictor.predict(candidates)
+
+    Attributes:
+        kind: name of the kind, as files and commands write it.
+        min_samples: measurements that `fit` needs at least.
+        space: the search space the predictor knows.
+        statistics: of the last fit; None before.
+    """
+
+    kind: ClassVar[str]
+    min_samples: ClassVar[int] = 5
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        self.statistics: FitStatistics | None = None
+        self._learned: dict[str, Any] | None = None
+        self._predict: Model | None = None
+
+    # ------------------------------------------------------ what a kind implements
+
+    @abstractmethod
+    def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
+        """Learn from checked measurements; called by `fit`.
+
+        Measurements come in an order of their own, so the one they were taken in does not matter.
+
+        Args:
+            genes: (num_archs, num_genes), see `SearchSpace.encode`.
+            latency_ms: (num_archs,), over 0.
+            weights: (num_archs,), over 0, mean 1.
+
+        Returns:
+            What `_model` needs: dicts, lists, strings and finite numbers.
+        """
+
+    @abstractmethod
+    def _model(self, learned: dict[str, Any]) -> Model:
+        """The function from genes (num_archs, num_genes) to mean and standard deviation in ms, (num_archs,) each.
+
+        Called by `fit` and `load`. The standard deviation is that of a new measurement, noise included. May raise
+        LookupError, TypeError or ValueError where `learned` is not what `_learn` returns.
+        """
+
+    # ------------------------------------------------------ what callers use
+
+    def fit(
+        self, archs: Sequence[Architecture], latency_ms: Sequence[float], weights: Sequence[float] | None = None
+    ) -> Self:
+        """Learn from measurements, and forget earlier ones.
+
+        Args:
+            archs: measured children of `space`; may repeat.
+            latency_ms: (num_archs,).
+            weights: how much each measurement counts beside the others, (num_archs,); equally by default.
+
+        Raises:
+            InputError: too few measurements, different lengths, a latency or weight that is not a finite number
+                over 0, or an architecture outside the space.
+        """
+        return self.fit_genes(self.space.encode(archs), latency_ms, weights)
+
+    def fit_genes(
+        self,
+        genes: Genes,
+        latency_ms: Sequence[float] | FloatArray,
+        weights: Sequence[float] | FloatArray | None = None,
+    ) -> Self:
+        """`fit` for architectures as genes, (num_archs, num_genes)."""
+        latency = _positive("latency_ms", latency_ms, len(genes))
+        importance = _positive("weights", np.ones(len(genes)) if weights is None else weights, len(genes))
+        if len(genes) < self.min_samples:
+            raise InputError(
+                f"{len(genes)} measurements are too few for predictor {self.kind!r}: measure at least {self.min_samples}"
+            )
+        order = np.lexsort((importance, latency, *genes.T))
+        genes, latency, importance = genes[order], latency[order], importance[order]
+        learned = self._learn(genes, latency, importance / importance.mean())
+        self._learned = json.loads(json.dumps(learned, allow_nan=False))
+        self._predict = self._model(self._learned)
+        mean_ms, _ = self._predict(genes)
+        self.statistics = FitStatistics(
+            num_samples=len(latency),
+            least_ms=float(latency.min()),
+            greatest_ms=float(latency.max()),
+            mape_pct=100 * float(np.abs(mean_ms / latency - 1).mean()),
+        )
+        return self
+
+    def predict(self, archs: Sequence[Architecture]) -> tuple[FloatArray, FloatArray]:
+        """Mean and standard deviation of the latency in ms, (num_archs,) each.
+
+        Raises:
+            NotFittedError: before `fit`.
+            InputError: an architecture is not of the predictor's space.
+        """
+        self._check_fitted()
+        return self.predict_genes(self.space.encode(archs))
+
+    def predict_genes(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
+        """`predict` for architectures as genes, (num_archs, num_genes): the fast road for whole populations."""
+        self._check_fitted()
+        assert self._predict is not None
+        return self._predict(genes)
+
+    def save(self, path: str | Path, *, created: datetime | None = None) -> None:
+        """Write the predictor as JSON, whole or not at all; `created` is now unless given.
+
+        Raises:
+            NotFittedError: before `fit`.
+            OSError: the file cannot be written.
+        """
+        self._check_fitted()
+        assert self._learned is not None and self.statistics is not None
+        file = PredictorFile(
+            schema=1,
+            kind=self.kind,
+            space=self.space.to_dict(),
+            learned=self._learned,
+            statistics=self.statistics,
+            created=(created or datetime.now(UTC)).isoformat(timespec="seconds"),
+        )
+        _write_atomically(Path(path), json.dumps(asdict(file), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a predictor of this kind; `hwnas.predictors.load_predictor` reads any kind.
+
+        Raises:
+            InputError: the file cannot be read, is damaged, or holds another kind.
+        """
+        return cls.from_file(PredictorFile.read(Path(path)), source=str(path))
+
+    @classmethod
+    def from_file(cls, file: PredictorFile, source: str) -> Self:
+        """`load` from a file that has been read; `source` is its name, for messages.
+
+        Raises:
+            InputError: as `load`.
+        """
+        if file.kind != cls.kind:
+            raise InputError(f"{source}: holds a predictor of kind {file.kind!r}, not {cls.kind!r}")
+        predictor = cls(SearchSpace.from_dict(file.space, source=f"{source}: space"))
+        predictor._learned, predictor.statistics = file.learned, file.statistics
+        try:
+            predictor._predict = predictor._model(file.learned)
+            answers = np.concatenate(predictor.predict([predictor.space.smallest(), predictor.space.largest()]))
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise InputError(f"{source}: damaged, fit the predictor anew ({type(error).__name__}: {error})") from None
+        if answers.shape != (4,) or not np.isfinite(answers).all() or (answers < 0).any():
+            raise InputError(f"{source}: damaged, fit the predictor anew (it predicts {answers.tolist()})")
+        return predictor
+
+    def _check_fitted(self) -> None:
+        if self._predict is None:
+            raise NotFittedError(f"predictor {self.kind!r} has learned nothing yet: call fit or load first")
+
+
+def _positive(name: str, values: Sequence[float] | FloatArray, num: int) -> FloatArray:
+    """`values` as an array (num,) of finite numbers over 0."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: must be numbers, not {values!r}") from None
+    if array.shape != (num,):
+        raise InputError(f"{name} has shape {array.shape}, but there are {num} architectures: give one value each")
+    wrong = np.flatnonzero(~(np.isfinite(array) & (array > 0)))
+    if len(wrong):
+        raise InputError(
+            f"{name}[{wrong[0]}]={array[wrong[0]]}: must be a finite number over 0; leave failed measurements out"
+        )
+    return array
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

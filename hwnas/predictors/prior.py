@@ -1,0 +1,172 @@
+"""Predictors that know the machine: latency as a sum over the layers with few non-negative rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
+from hwnas.predictors.features import FEATURE_NAMES, by_name, feature_sums, from_names
+from hwnas.predictors.metrics import Z_90, fold_masks
+from hwnas.space import Genes
+
+# What a unit of each feature costs on a middling mobile CPU core, ns: 10 billion dense multiply-adds a second, a
+# quarter of that depthwise, 10 GB/s of float32, 3 us to start an operation. Only ratios matter: the fit scales all
+# by one measured factor, then lets each go where the measurements pull it.
+_DEFAULT_NS = {
+    "dense_macs": 0.1, "pointwise_macs": 0.1, "padding_macs": 0.05,
+    "depthwise3_macs": 0.4, "depthwise3_stride2_macs": 0.4, "depthwise5_macs": 0.4, "depthwise5_stride2_macs": 0.4,
+    "depthwise7_macs": 0.4, "depthwise7_stride2_macs": 0.4, "depthwise_padding_macs": 0.4, "linear_macs": 0.3,
+    "dense_moved": 0.4, "pointwise_moved": 0.4, "depthwise_moved": 0.4, "pool_moved": 0.4,
+    "elementwise_moved": 0.4, "weights": 0.4,
+    "relu_elements": 0.1, "swish_elements": 1.0, "h_swish_elements": 1.0, "sigmoid_elements": 1.0,
+    "h_sigmoid_elements": 1.0,
+}  # fmt: skip
+_LAUNCH_NS = {
+    "convs": 3e3, "depthwise_convs": 3e3, "pools": 3e3, "elementwise_ops": 3e3, "squeeze_excites": 1e3, "networks": 1e4,
+}  # fmt: skip
+
+# How much dearer than on that core starting an operation is beside the arithmetic: a mobile CPU, a GPU at a large
+# batch, a GPU that waits for the next launch. Cross-validation picks.
+_LAUNCH_FACTORS = (1, 100, 1000)
+# Strength of the pull to the default rates; cross-validation picks.
+_RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+# A feature that explains nothing on the default machine may still cost this share of the latency.
+_SLACK = 0.05
+# Degrees of freedom of the Student-t distribution of errors: measurements far off count little.
+_FREEDOM = 3
+_MAX_FOLDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class PriorFit:
+    """Rates, and what cross-validation says of them.
+
+    Attributes:
+        coefficients: ms a unit of each feature, at least 0, (num_features,).
+        log_errors: log(measured / predicted) of each measurement left out of the fit, (num_archs,).
+        trust: weight of each measurement, its own times the robust one, (num_archs,).
+    """
+
+    coefficients: FloatArray
+    log_errors: FloatArray
+    trust: FloatArray
+
+
+def fit_prior(features: FloatArray, latency_ms: FloatArray, weights: FloatArray) -> PriorFit:
+    """Non-negative least squares on the relative error, with a pull to the rates of a known machine.
+
+    Minimises, over shares of the latency t >= 0 and with A the features over the latency, columns scaled to mean 1,
+
+        sum_i w_i (sum_j A_ij t_j - 1)^2  +  ridge sum_j ((t_j - d_j) / (d_j + slack))^2
+
+    where d are the shares at the default rates, scaled to the measured speed. Ridge and default machine are those
+    with the least cross-validated error. w are the weights times those of Student-t errors (iteratively
+    reweighted: Lange, Little and Taylor, JASA 1989, section 3), so that single disturbed measurements do not bend
+    the fit.
+
+    Args:
+        features: (num_archs, num_features).
+        latency_ms: (num_archs,).
+        weights: (num_archs,).
+    """
+    folds = fold_masks(len(latency_ms), _MAX_FOLDS, np.random.default_rng(0))
+    machines = [_default_rates(factor) for factor in _LAUNCH_FACTORS]
+    trust = weights
+    for _ in range(2):
+        trials = []
+        for rates in machines:
+            for ridge in _RIDGES:
+                errors = np.empty(len(latency_ms))
+                for test in folds:
+                    train = ~test
+                    coefficients = _solve(features[train], latency_ms[train], trust[train], rates, ridge)
+                    errors[test] = np.log(latency_ms[test] / (features[test] @ coefficients))
+                trials.append((float(trust @ errors**2), ridge, rates, errors))
+        _, ridge, rates, errors = min(trials, key=lambda trial: trial[0])
+        scale = max(1.4826 * float(np.median(np.abs(errors))), 0.005)  # from median to standard deviation
+        trust = weights * (_FREEDOM + 1) / (_FREEDOM + (errors / scale) ** 2)
+    return PriorFit(_solve(features, latency_ms, trust, rates, ridge), errors, trust)
+
+
+def _default_rates(launch_factor: float) -> FloatArray:
+    rates = _DEFAULT_NS | {name: ns * launch_factor for name, ns in _LAUNCH_NS.items()}
+    return np.array([rates[name] for name in FEATURE_NAMES]) * 1e-6
+
+
+def _solve(features: FloatArray, latency_ms: FloatArray, weights: FloatArray, rates: FloatArray, ridge: float) -> FloatArray:
+    """The minimum that `fit_prior` describes, as ms a unit of each feature; what never occurs keeps its default."""
+    costs = features / latency_ms[:, None]
+    coefficients = rates / np.median(costs @ rates)
+    means = costs.mean(axis=0)
+    occurs = means > 0
+    means = means[occurs]
+    default = coefficients[occurs] * means
+    rows = np.column_stack([costs[:, occurs] / means, np.ones(len(costs))]) * np.sqrt(weights)[:, None]
+    if len(rows) > rows.shape[1]:
+        rows = np.linalg.qr(rows, mode="r")  # the same sum of squares in fewer rows
+    pull = np.sqrt(ridge) / (default + _SLACK)
+    shares, _ = nnls(np.vstack([rows[:, :-1], np.diag(pull)]), np.concatenate([rows[:, -1], pull * default]))
+    coefficients[occurs] = shares / means
+    return coefficients
+
+
+def relative_std(log_errors: FloatArray) -> float:
+    """The relative standard deviation with which 90% of cross-validated errors lie within `Z_90` of them.
+
+    The quantile is the one of conformal prediction (Vovk, Gammerman and Shafer 2005): rank ceil(0.9 (n + 1)),
+    at most n.
+    """
+    return conformal_90(np.abs(np.expm1(log_errors))) / Z_90
+
+
+def conformal_90(scores: FloatArray) -> float:
+    """The value that a new score stays under with probability 0.9, (num,) -> number; see `relative_std`."""
+    rank = min(int(np.ceil(0.9 * (len(scores) + 1))), len(scores))
+    return float(np.sort(scores)[rank - 1])
+
+
+class PriorPredictor(LatencyPredictor):
+    """The sum of non-negative costs over the layers, fitted as `fit_prior` describes: good from about 10 measurements."""
+
+    kind: ClassVar[str] = "prior"
+
+    def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
+        fit = fit_prior(feature_sums(self.space)(genes), latency_ms, weights)
+        return {"coefficients_ms": by_name(fit.coefficients), "relative_std": relative_std(fit.log_errors)}
+
+    def _model(self, learned: dict[str, Any]) -> Model:
+        sums = feature_sums(self.space).weighted(from_names(learned["coefficients_ms"]))
+        std = float(learned["relative_std"])
+
+        def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
+            mean_ms = sums(genes)[:, 0]
+            return mean_ms, std * mean_ms
+
+        return predict
+
+
+class MacsPredictor(PriorPredictor):
+    """a + b times multiply-adds, both at least 0: the baseline that the others must beat."""
+
+    kind: ClassVar[str] = "macs"
+
+    def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
+        counted = [name.endswith("_macs") and "padding" not in name for name in FEATURE_NAMES]
+        columns = np.array([np.array(FEATURE_NAMES) == "networks", counted], dtype=np.float64).T
+        costs = feature_sums(self.space).weighted(columns)(genes) / latency_ms[:, None]
+        costs *= np.sqrt(weights)[:, None]
+
+        def solve(keep: NDArray[np.bool_]) -> FloatArray:
+            scale = costs[keep].mean(axis=0)
+            return np.asarray(nnls(costs[keep] / scale, np.sqrt(weights[keep]))[0] / scale)
+
+        errors = np.empty(len(costs))
+        for test in fold_masks(len(costs), _MAX_FOLDS, np.random.default_rng(0)):
+            errors[test] = -np.log(costs[test] @ solve(~test) / np.sqrt(weights[test]))
+        everything = np.ones(len(costs), dtype=bool)
+        return {"coefficients_ms": by_name(columns @ solve(everything)), "relative_std": relative_std(errors)}

@@ -1,0 +1,349 @@
+"""The run's database: every measurement and every evaluation, committed as soon as it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from hwnas.config import check
+from hwnas.devices.base import Measurement, Role, RunTimes, Timing, usual_ms
+from hwnas.errors import InputError
+from hwnas.space import Architecture
+
+SCHEMA = 1
+BUSY_TIMEOUT_S = 60.0
+
+_metadata = sa.MetaData()
+
+_schema = sa.Table("hwnas_schema", _metadata, sa.Column("version", sa.Integer, primary_key=True))
+
+_measurements = sa.Table(
+    "hwnas_measurements",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("protocol", sa.String(12), nullable=False, index=True),
+    sa.Column("arch_id", sa.String(12), nullable=False),
+    sa.Column("arch", sa.JSON, nullable=False),
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("runtime", sa.String, nullable=False),
+    sa.Column("versions", sa.JSON, nullable=False),
+    sa.Column("precision", sa.String, nullable=False),
+    sa.Column("timing", sa.JSON, nullable=False),
+    sa.Column("reference", sa.String, nullable=False),
+    sa.Column("role", sa.String, nullable=False),
+    sa.Column("times", sa.LargeBinary, nullable=False),  # float64, ms, all rounds on end
+    sa.Column("preempted", sa.LargeBinary, nullable=False),  # one bit a time
+    sa.Column("rounds", sa.JSON, nullable=False),  # of each round the number of times, and its facts
+    sa.Column("reference_ms", sa.JSON, nullable=False),
+    sa.Column("error", sa.String),
+    sa.Column("write_s", sa.Float, nullable=False),
+    sa.Column("run_s", sa.Float, nullable=False),
+    sa.Column("created", sa.String, nullable=False),  # ISO 8601, UTC
+)
+
+_evaluations = sa.Table(
+    "hwnas_evaluations",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("arch_id", sa.String(12), nullable=False),
+    sa.Column("arch", sa.JSON, nullable=False),
+    sa.Column("weights", sa.String, nullable=False),
+    sa.Column("split", sa.String, nullable=False),
+    sa.Column("protocol", sa.String, nullable=False),
+    sa.Column("accuracy", sa.Float, nullable=False),
+    sa.Column("num_images", sa.Integer, nullable=False),
+    sa.Column("loss", sa.Float, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("created", sa.String, nullable=False),
+    sa.UniqueConstraint("weights", "split", "protocol", "arch_id"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """The accuracy of a child with a supernet's weights.
+
+    Attributes:
+        arch: the child.
+        weights: what identifies the supernet's weights.
+        split: the images it was evaluated on, such as `validation`.
+        protocol: what else the accuracy depends on: calibration images, number of images, seed.
+        accuracy: top-1, 0 to 1.
+        num_images: evaluated.
+        loss: mean cross-entropy.
+        seconds: taken.
+        created: when, UTC.
+    """
+
+    arch: Architecture
+    weights: str
+    split: str
+    protocol: str
+    accuracy: float
+    num_images: int
+    loss: float = 0.0
+    seconds: float = 0.0
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+class Store:
+    """The run's database; a context manager that closes it.
+
+    Many processes may use one at the same time. Optuna keeps its studies in the same database; our tables are called
+    `hwnas_...`. Every method that adds commits before it returns.
+
+    Args:
+        url: an SQLAlchemy URL such as `sqlite:////data/run/hwnas.db` or `postgresql+psycopg://host/hwnas`, or the path
+            of an SQLite file. Tables that are missing are made.
+
+    Raises:
+        InputError: the database is damaged, is not one, cannot be reached, or was made by a newer hwnas.
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        self._url = sa.make_url(f"sqlite:///{url}" if isinstance(url, Path) else url)
+        self._sqlite = self._url.get_backend_name() == "sqlite"
+        arguments = {"timeout": BUSY_TIMEOUT_S} if self._sqlite else {}
+        with self._explained():
+            # Every statement is a transaction of its own: nothing to lose at a kill, nothing to upgrade or to retry.
+            self._engine = sa.create_engine(self._url, connect_args=arguments, isolation_level="AUTOCOMMIT")
+        try:
+            with self._connection() as connection:
+                if self._sqlite:
+                    self._check_file(connection)
+                self._make_tables(connection)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def name(self) -> str:
+        """The file, or the URL without its password: for messages."""
+        if self._sqlite:
+            return str(self._url.database)
+        return self._url.render_as_string(hide_password=True)
+
+    def _check_file(self, connection: sa.Connection) -> None:
+        found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+        if found != "ok":
+            raise InputError(self._damaged(str(found)))
+        if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+
+    def _make_tables(self, connection: sa.Connection) -> None:
+        tables = set(sa.inspect(connection).get_table_names())
+        if not tables >= set(_metadata.tables):
+            for table in _metadata.sorted_tables:
+                connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+                for index in table.indexes:
+                    connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
+        if not connection.execute(sa.select(_schema.c.version)).all():
+            self._insert_or_ignore(connection, _schema, {"version": SCHEMA})
+        version = connection.execute(sa.select(sa.func.max(_schema.c.version))).scalar_one()
+        if version > SCHEMA:
+            raise InputError(
+                f"{self.name}: made by a newer hwnas (its schema is {version}, this hwnas knows {SCHEMA}): "
+                "upgrade hwnas, or use another run folder"
+            )
+
+    # ------------------------------------------------------------ measurements
+
+    def add_measurement(self, measurement: Measurement) -> None:
+        """Record a measurement.
+
+        Raises:
+            InputError: the database cannot be written.
+        """
+        times = [time for round in measurement.rounds for time in round.times_ms]
+        preempted = [flag for round in measurement.rounds for flag in round.preempted]
+        row = {
+            "protocol": measurement.protocol,
+            "arch_id": measurement.arch.id,
+            "arch": measurement.arch.to_dict(),
+            "versions": dict(measurement.versions),
+            "timing": asdict(measurement.timing),
+            "times": np.asarray(times, dtype="<f8").tobytes(),
+            "preempted": np.packbits(np.asarray(preempted, dtype=bool)).tobytes(),
+            "rounds": [[len(round.times_ms), dict(round.facts)] for round in measurement.rounds],
+            "reference_ms": list(measurement.reference_ms),
+            "created": measurement.created.isoformat(),
+        }
+        same = ("device", "runtime", "precision", "reference", "role", "error", "write_s", "run_s")
+        with self._connection() as connection:
+            connection.execute(
+                sa.insert(_measurements), row | {name: getattr(measurement, name) for name in same}
+            )
+
+    def measurements(
+        self,
+        *,
+        device: str | None = None,
+        timing: Timing | None = None,
+        role: Role | None = None,
+        protocol: str | None = None,
+        arch: Architecture | None = None,
+    ) -> list[Measurement]:
+        """The measurements that match all that is given, failed ones included, in the order they were made.
+
+        Each comes with the reference's usual latency over all measurements of its protocol.
+
+        Raises:
+            InputError: the database cannot be read, or holds a record that is damaged.
+        """
+        table = _measurements.c
+        conditions = [
+            column == value
+            for column, value in (
+                (table.device, device),
+                (table.role, role),
+                (table.protocol, protocol),
+                (table.arch_id, arch and arch.id),
+            )
+            if value is not None
+        ]
+        with self._connection() as connection:
+            rows = connection.execute(sa.select(_measurements).where(*conditions).order_by(table.id)).all()
+            found = [measurement for measurement in map(self._measurement, rows) if timing in (None, measurement.timing)]
+            references: dict[str, list[float]] = {}
+            protocols = {measurement.protocol for measurement in found}
+            query = sa.select(table.protocol, table.reference_ms).where(table.protocol.in_(protocols))
+            for key, reference_ms in connection.execute(query):
+                references.setdefault(key, []).extend(reference_ms)
+        usual = {
+            measurement.protocol: usual_ms(references[measurement.protocol], measurement.timing.max_drift)
+            for measurement in found
+            if references[measurement.protocol]
+        }
+        return [
+            replace(measurement, usual_reference_ms=usual[measurement.protocol]) if measurement.reference_ms else measurement
+            for measurement in found
+        ]
+
+    def _measurement(self, row: sa.Row[Any]) -> Measurement:
+        source = f"{self.name}: measurement {row.id}"
+        try:
+            times = np.frombuffer(row.times, dtype="<f8").tolist()
+            bits = np.unpackbits(np.frombuffer(row.preempted, dtype=np.uint8)).astype(bool).tolist()
+            rounds, start = [], 0
+            for count, facts in row.rounds:
+                end = start + count
+                rounds.append(RunTimes(tuple(times[start:end]), tuple(bits[start:end]), facts))
+                start = end
+            same = ("device", "runtime", "versions", "precision", "reference", "role", "error", "write_s", "run_s")
+            return Measurement(
+                arch=Architecture.from_dict(row.arch, source),
+                timing=check(Timing, row.timing, source=source),
+                rounds=tuple(rounds),
+                reference_ms=tuple(row.reference_ms),
+                created=datetime.fromisoformat(row.created),
+                **{name: getattr(row, name) for name in same},
+            )
+        except (ValueError, TypeError) as error:
+            raise InputError(self._damaged(f"measurement {row.id}: {error}")) from None
+
+    # ------------------------------------------------------------ evaluations
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Record an evaluation, unless there is one of the same child, weights, split and protocol.
+
+        Raises:
+            InputError: the database cannot be written.
+        """
+        row = {name: getattr(evaluation, name) for name in evaluation.__slots__}
+        row |= {"arch_id": evaluation.arch.id, "arch": evaluation.arch.to_dict()}
+        row["created"] = evaluation.created.isoformat()
+        with self._connection() as connection:
+            self._insert_or_ignore(connection, _evaluations, row)
+
+    def evaluation(self, arch: Architecture, weights: str, split: str, protocol: str) -> Evaluation | None:
+        """The evaluation of one child, if there is one.
+
+        Raises:
+            InputError: the database cannot be read.
+        """
+        found = self._select_evaluations(
+            _evaluations.c.arch_id == arch.id, *self._which(weights, split, protocol)
+        )
+        return found[0] if found else None
+
+    def evaluations(self, weights: str, split: str, protocol: str) -> list[Evaluation]:
+        """All children evaluated with these weights on this split in this way, in the order they were.
+
+        Raises:
+            InputError: the database cannot be read.
+        """
+        return self._select_evaluations(*self._which(weights, split, protocol))
+
+    @staticmethod
+    def _which(weights: str, split: str, protocol: str) -> list[sa.ColumnElement[bool]]:
+        table = _evaluations.c
+        return [table.weights == weights, table.split == split, table.protocol == protocol]
+
+    def _select_evaluations(self, *conditions: sa.ColumnElement[bool]) -> list[Evaluation]:
+        query = sa.select(_evaluations).where(*conditions).order_by(_evaluations.c.id)
+        with self._connection() as connection:
+            rows: Sequence[sa.RowMapping] = connection.execute(query).mappings().all()
+        names = [name for name in Evaluation.__slots__ if name not in ("arch", "created")]
+        return [
+            Evaluation(
+                arch=Architecture.from_dict(row["arch"], f"{self.name}: evaluation {row['id']}"),
+                created=datetime.fromisoformat(row["created"]),
+                **{name: row[name] for name in names},
+            )
+            for row in rows
+        ]
+
+    # ------------------------------------------------------------ the database
+
+    def _insert_or_ignore(self, connection: sa.Connection, table: sa.Table, row: dict[str, Any]) -> None:
+        insert = sqlite.insert if self._sqlite else postgresql.insert
+        connection.execute(insert(table).values(row).on_conflict_do_nothing())
+
+    @contextmanager
+    def _connection(self) -> Iterator[sa.Connection]:
+        with self._explained(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong with the database, as an `InputError`."""
+        try:
+            yield
+        except sa.exc.OperationalError as error:  # missing folder, full disk, no rights, server away
+            raise InputError(f"{self.name}: the database cannot be used: {_reason(error)}") from None
+        except sa.exc.DatabaseError as error:
+            raise InputError(self._damaged(_reason(error))) from None
+        except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
+            raise InputError(f"{self._url}: {error}") from None
+
+    def _damaged(self, reason: str) -> str:
+        remedy = "restore it from a backup"
+        if self._sqlite:
+            remedy = f"move it away to start anew, or try `sqlite3 {self.name} .recover | sqlite3 rescued.db`"
+        return f"{self.name}: the database is damaged ({reason}): {remedy}"
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _reason(error: sa.exc.DatabaseError) -> str:
+    return str(error.orig).strip().splitlines()[0]

@@ -1,0 +1,269 @@
+"""For tests: a fake device, and what every device and every exporter must do (contracts).
+
+A contract is a class of tests. Fill it in with a fixture of your implementation:
+
+    class TestMyDevice(DeviceContract):
+        @pytest.fixture
+        def device(self):
+            with MyDevice() as device:
+                yield device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from hwnas.devices.base import Device, RunTimes, Timing
+from hwnas.errors import DeviceError, ExportError
+from hwnas.exporters.base import Exporter, exporter, random_tensors
+from hwnas.layers import IMAGE, Kind, Layer, lower, total_macs
+from hwnas.space import Activation, SearchSpace
+
+QUICK = Timing(warmup_s=0, min_duration_s=0, rounds=2, max_rounds=4, timeout_s=20)
+
+
+def tiny_space() -> SearchSpace:
+    """The tiny space for grey images of ten classes."""
+    return SearchSpace.load("tiny", in_channels=1, num_classes=10)
+
+
+# -------------------------------------------------------------------- a fake device
+
+
+def fake_latency_ms(layers: Sequence[Layer]) -> float:
+    """A plausible latency: 2 us a layer, 10 G multiply-adds a second."""
+    return 0.002 * len(layers) + total_macs(layers) / 1e7
+
+
+class FakeDevice(Device):
+    """A device without hardware, whose times are a function of the network.
+
+    It reads real ONNX files, so that it can stand in for a device everywhere.
+
+    Args:
+        latency_ms: of a network's layers (see `read_layers`); it raises the `DeviceError` of networks that fail.
+        slowdown: a factor for each round, by its number from 0: drift, other work, throttling.
+        spread: standard deviation of single runs, relative.
+        preempt: share of the runs that are preempted, and take ten times as long.
+        seed: of the noise.
+
+    Attributes:
+        ran: the files of all rounds so far.
+    """
+
+    runtime, accepts = "fake", "onnx"
+
+    def __init__(
+        self,
+        latency_ms: Callable[[Sequence[Layer]], float] = fake_latency_ms,
+        *,
+        slowdown: Callable[[int], float] = lambda number: 1.0,
+        spread: float = 0.01,
+        preempt: float = 0.0,
+        name: str = "fake",
+        seed: int = 0,
+    ) -> None:
+        self.name, self.timing = name, QUICK
+        self.ran: list[Path] = []
+        self._latency_ms, self._slowdown, self._spread, self._preempt = latency_ms, slowdown, spread, preempt
+        self._rng = np.random.default_rng(seed)
+        self._layers: dict[Path, tuple[Layer, ...]] = {}
+
+    def versions(self) -> dict[str, str]:
+        return {"fake": "1"}
+
+    def run(self, path: Path, timing: Timing) -> RunTimes:
+        if path not in self._layers:
+            self._layers[path] = read_layers(path)
+        number = len(self.ran)
+        self.ran.append(path)
+        latency_ms = self._latency_ms(self._layers[path]) * self._slowdown(number)
+        count = max(timing.repeats, min(20, int(timing.min_duration_s * 1e3 / latency_ms)))
+        times = latency_ms * np.exp(self._rng.normal(0, self._spread, size=count))
+        preempted = self._rng.random(count) < self._preempt
+        return RunTimes(tuple((times * np.where(preempted, 10, 1)).tolist()), tuple(preempted.tolist()))
+
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "Relu": "relu",
+    "Sigmoid": "sigmoid",
+    "HardSigmoid": "h-sigmoid",
+    "HardSwish": "h-swish",
+}
+_KINDS: dict[str, Kind] = {
+    "AveragePool": "avg_pool",
+    "GlobalAveragePool": "global_pool",
+    "Add": "add",
+    "Mul": "scale",
+}
+
+
+def read_layers(path: Path) -> tuple[Layer, ...]:
+    """The layers of an ONNX file that `OnnxExporter` wrote; what it folded away (`norm`, `residual`) is gone.
+
+    Raises:
+        DeviceError: the file is not ONNX.
+    """
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:
+        raise DeviceError(f"{path.name} is not ONNX: {error}") from None
+    weights = {weight.name: weight for weight in graph.initializer}
+    first = graph.input[0].type.tensor_type.shape.dim
+    shapes = {IMAGE: (first[1].dim_value, first[2].dim_value)}  # channels and side by value
+    layers: dict[str, Layer] = {}
+    writer = {IMAGE: IMAGE}  # the layer that makes a value
+    for node in graph.node:
+        output, source = node.output[0], node.input[0]
+        options = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        activation = _ACTIVATIONS.get(node.op_type)
+        if node.op_type == "Mul" and node.input[1] == f"{output}.gate":
+            activation = "swish"
+        if node.op_type == "Flatten" or activation:
+            if activation and output != f"{writer[source]}.gate":
+                name = writer[source]
+                layers[name] = replace(layers[name], activation=activation)
+            writer[output], shapes[output] = writer[source], shapes[source]
+            continue
+        name = output.removesuffix(".conv") if node.op_type == "Conv" else output
+        if node.op_type == "Gemm":
+            name = node.input[1].removesuffix(".weight")
+        channels, size = shapes[source]
+        biased = len(node.input) > 2
+        if node.op_type in ("Conv", "Gemm"):
+            layers[name] = Layer(
+                name=name,
+                kind="conv" if node.op_type == "Conv" else "linear",
+                inputs=(writer[source],),
+                in_channels=channels,
+                out_channels=weights[node.input[1]].dims[0],
+                in_size=size,
+                kernel=options.get("kernel_shape", [1])[0],
+                stride=options.get("strides", [1])[0],
+                groups=options.get("group", 1),
+                bias=biased,
+            )
+        else:
+            layers[name] = Layer(
+                name=name,
+                kind=_KINDS[node.op_type],
+                inputs=tuple(writer[value] for value in node.input),
+                in_channels=channels,
+                out_channels=channels,
+                in_size=size,
+                kernel=options.get("kernel_shape", [1])[0],
+                stride=options.get("strides", [1])[0],
+            )
+        writer[output] = name
+        shapes[output] = (layers[name].out_channels, layers[name].out_size)
+    return tuple(layers.values())
+
+
+# -------------------------------------------------------------------- contracts
+
+
+class DeviceContract:
+    """What `hwnas.measure` relies on. Give it a fixture `device`."""
+
+    @pytest.fixture
+    def network(self, device: Device, tmp_path: Path) -> Path:
+        """A small network's file."""
+        return self.write(device, tmp_path)
+
+    @staticmethod
+    def write(device: Device, folder: Path, *, largest: bool = False) -> Path:
+        """The file of tiny's smallest or largest child."""
+        space = tiny_space()
+        layers = lower(space, space.largest() if largest else space.smallest())
+        writer = exporter(device.accepts)
+        path = folder / f"{'largest' if largest else 'smallest'}{writer.suffix}"
+        return writer.write(layers, random_tensors(layers, np.random.default_rng(0)), path).path
+
+    def test_describes_itself(self, device: Device) -> None:
+        assert device.name
+        assert device.runtime
+        assert device.precision
+        versions = device.versions()
+        assert versions
+        assert versions == device.versions()
+        assert all(isinstance(value, str) for value in versions.values())
+
+    def test_runs_as_often_as_asked(self, device: Device, network: Path) -> None:
+        times = device.run(network, replace(QUICK, repeats=7))
+        assert len(times.times_ms) >= 7
+        assert min(times.times_ms) > 0
+
+    def test_bigger_networks_take_longer(self, device: Device, network: Path, tmp_path: Path) -> None:
+        bigger = self.write(device, tmp_path, largest=True)
+        timing = replace(device.timing, repeats=10)
+        small, big, again = (device.run(path, timing).latency_ms for path in (network, bigger, network))
+        assert big > 2 * max(small, again)
+
+    def test_a_bad_file_fails_alone(self, device: Device, network: Path, tmp_path: Path) -> None:
+        garbage = tmp_path / f"garbage{network.suffix}"
+        garbage.write_bytes(b"no network")
+        with pytest.raises(DeviceError):
+            device.run(garbage, QUICK)
+        with pytest.raises(DeviceError):
+            device.run(tmp_path / f"missing{network.suffix}", QUICK)
+        assert device.run(network, QUICK).latency_ms > 0
+
+    def test_opens_again_after_close(self, device: Device, network: Path) -> None:
+        device.close()
+        device.close()
+        assert device.run(network, QUICK).latency_ms > 0
+
+
+class ExporterContract:
+    """What profiling and the parity check rely on. Give it a fixture `exporter`."""
+
+    @staticmethod
+    def space() -> SearchSpace:
+        """Of the networks to write."""
+        return tiny_space()
+
+    def test_file_says_what_it_is(self, exporter: Exporter, tmp_path: Path) -> None:
+        layers = lower(self.space(), self.space().smallest())
+        tensors = random_tensors(layers, np.random.default_rng(0))
+        path = tmp_path / f"model{exporter.suffix}"
+        artifact = exporter.write(layers, tensors, path)
+        assert (artifact.path, artifact.format, artifact.precision) == (path, exporter.format, exporter.precision)
+        assert len(artifact.sha256) == 64
+        assert artifact == exporter.write(layers, tensors, path)
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+    def test_logits_per_image(self, exporter: Exporter, tmp_path: Path) -> None:
+        space = self.space()
+        arch = space.sample(np.random.default_rng(0))
+        layers = lower(space, arch)
+        path = tmp_path / f"model{exporter.suffix}"
+        exporter.write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+        rng = np.random.default_rng(1)
+        images = rng.standard_normal((3, space.in_channels, arch.resolution, arch.resolution), dtype=np.float32)
+        logits = exporter.infer(path, images)
+        assert logits.shape == (3, space.num_classes)
+        np.testing.assert_allclose(exporter.infer(path, images[1:2])[0], logits[1], rtol=1e-4, atol=1e-5)
+        assert not np.allclose(logits[0], logits[1])
+
+    def test_refuses_incomplete_networks(self, exporter: Exporter, tmp_path: Path) -> None:
+        layers = lower(self.space(), self.space().smallest())
+        tensors = random_tensors(layers, np.random.default_rng(0))
+        path = tmp_path / f"model{exporter.suffix}"
+        for name in ("stem.conv.weight", "stem.norm.running_var", "classifier.bias"):
+            with pytest.raises(ExportError, match=name):
+                exporter.write(layers, {k: v for k, v in tensors.items() if k != name}, path)
+            with pytest.raises(ExportError, match=f"{name}.*shape"):
+                exporter.write(layers, tensors | {name: tensors[name][:-1]}, path)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_bad_file_is_an_export_error(self, exporter: Exporter, tmp_path: Path) -> None:
+        path = tmp_path / f"garbage{exporter.suffix}"
+        path.write_bytes(b"no network")
+        with pytest.raises(ExportError):
+            exporter.infer(path, np.zeros((1, 1, 28, 28), dtype=np.float32))
