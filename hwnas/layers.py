@@ -94,6 +94,11 @@ class Layer:
         return tensors
 
     @property
+    def depthwise(self) -> bool:
+        """Whether each channel is convolved by itself."""
+        return self.groups > 1
+
+    @property
     def num_weights(self) -> int:
         """Elements of the weight tensor, without bias and batch norm."""
         shape = self.weight_shape

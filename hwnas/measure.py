@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,6 @@ from hwnas.space import Architecture, Genes, SearchSpace
 from hwnas.store import Store
 
 MAX_FAILURES = 3  # in a row: then it is the device
-_IN_MEMORY, _ENOUGH_BYTES = Path("/dev/shm"), 2**30
 
 
 def measure(
@@ -60,7 +57,7 @@ def measure(
         store: for the results.
         role: of the measurements in the store.
         rng: of the weights.
-        folder: for the networks' files, which are removed; by default in memory, where there is room.
+        folder: where to make a temporary one for the networks' files; by default the system's.
         report: told the number of children done, and the last one's latency.
 
     Returns:
@@ -71,8 +68,8 @@ def measure(
         OSError: a file cannot be written.
     """
     wanted = list(dict.fromkeys(archs))
-    with _folder(folder) as work:
-        bench = _Bench(space, device, timing, store, work, rng or np.random.default_rng())
+    with tempfile.TemporaryDirectory(prefix="hwnas-", dir=folder) as work:
+        bench = _Bench(space, device, timing, store, Path(work), rng or np.random.default_rng(0))
         known = bench.known()
         failures = 0
         for done, arch in enumerate(wanted, 1):
@@ -184,15 +181,6 @@ def reference_child(space: SearchSpace) -> Architecture:
     return space.walk(lambda _name, choices: choices[(len(choices) - 1) // 2])
 
 
-@contextmanager
-def _folder(parent: Path | None) -> Iterator[Path]:
-    """A temporary folder: in memory, where nothing waits for a disk, if there is room."""
-    if parent is None and _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).free >= _ENOUGH_BYTES:
-        parent = _IN_MEMORY
-    with tempfile.TemporaryDirectory(prefix="hwnas-", dir=parent) as folder:
-        yield Path(folder)
-
-
 # -------------------------------------------------------------------- which children
 
 
@@ -205,8 +193,8 @@ def choose_children(
 ) -> list[Architecture]:
     """Children to measure: the smallest, the biggest, and others spread evenly over sizes and choices.
 
-    Uniform sampling clusters at middle sizes: a sum of many choices. Here the range of log-MACs is cut into equal parts,
-    one a child, and each part gives the candidate that differs most in its choices from those taken before. Any first
+    Uniform sampling clusters at middle sizes, as sums of many choices do. Here the range of log-MACs is cut into equal
+    parts, one a child, and each part gives the candidate whose choices occur least among those taken before. Any first
     few of the children are spread over the whole range, too.
 
     Args:
@@ -223,30 +211,27 @@ def choose_children(
     if macs is None:
         macs = LayerSums(space, lambda layer: (layer.macs,))
     size = np.log(macs(genes).reshape(len(genes)))
-    places = _places(space, genes)
-    end_rows = [int(np.flatnonzero((genes == row).all(axis=1))[0]) for row in space.encode(ends)]
-    chosen = list(dict.fromkeys(end_rows))
-    distance = np.min([np.abs(places - places[row]).sum(axis=1) for row in chosen], axis=0)
+    taken = {int(np.flatnonzero((genes == row).all(axis=1))[0]): None for row in space.encode(ends)}  # in order
     edges = np.linspace(size.min(), size.max(), count - 1)
     parts = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, count - 3)
-    taken = np.isin(np.arange(len(genes)), chosen)
+    free = np.ones(len(genes), dtype=bool)
+    free[list(taken)] = False
     for part in _bisecting_order(count - 2):
-        free = ~taken
         if not free.any():
             break
-        # Where a part has no candidate, those of the nearest part that has one.
-        gaps = np.abs(parts - part)
+        gaps = np.abs(parts - part)  # where a part has no candidate, those of the nearest part that has one
         near = np.flatnonzero(free & (gaps == gaps[free].min()))
-        best = int(near[np.argmax(distance[near])])
-        taken[best] = True
-        chosen.append(best)
-        distance = np.minimum(distance, np.abs(places - places[best]).sum(axis=1))
-    return [space.decode(genes[row]) for row in chosen]
+        best = int(near[np.argmax(_rarity(space, genes[near], genes[list(taken)]))])
+        free[best] = False
+        taken[best] = None
+    return [space.decode(genes[row]) for row in taken]
 
 
 def _candidates(space: SearchSpace, count: int, rng: np.random.Generator) -> Genes:
-    """Random children of all sizes as genes, (count, num_genes): each leans to small or big choices as a whole, and
-    each of its choices a little by itself."""
+    """Random children of all sizes as genes, (count, num_genes).
+
+    Each leans to small or big choices as a whole, and each of its choices a little by itself.
+    """
     lean = rng.uniform(-2.5, 2.5, size=(count, 1))
     columns = []
     for gene in space.genes:
@@ -255,15 +240,17 @@ def _candidates(space: SearchSpace, count: int, rng: np.random.Generator) -> Gen
     return space.mask_absent(np.concatenate(columns, axis=1))
 
 
-def _places(space: SearchSpace, genes: Genes) -> NDArray[np.float64]:
-    """Each choice as a place from 0 to 1, absent ones at -0.5; weighted so that resolution, widths, depths, kernels and
-    expand ratios count the same in a sum over the columns, (num_archs, num_genes)."""
+def _rarity(space: SearchSpace, genes: Genes, taken: Genes) -> NDArray[np.float64]:
+    """How seldom the choices of some children occur among those taken, (num_archs,).
+
+    Resolution, widths, depths, kernels and expand ratios weigh the same, however many of them a child has.
+    """
     kinds = [gene.name.rpartition(".")[2] for gene in space.genes]
-    steps = np.asarray([max(len(gene.choices) - 1, 1) for gene in space.genes])
-    varying = [len(gene.choices) > 1 or gene.depth_gene is not None for gene in space.genes]
-    number = {kind: sum(k == kind and v for k, v in zip(kinds, varying, strict=True)) for kind in kinds}
-    weights = np.asarray([1 / max(number[kind], 1) for kind in kinds])
-    return np.where(genes < 0, -0.5, genes / steps) * weights
+    total = np.zeros(len(genes))
+    for index, kind in enumerate(kinds):
+        often = np.bincount(taken[:, index] + 1, minlength=128)  # 0: the block is absent
+        total += 1 / (1 + often[genes[:, index] + 1]) / kinds.count(kind)
+    return total
 
 
 def _bisecting_order(count: int) -> list[int]:

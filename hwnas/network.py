@@ -178,8 +178,9 @@ def batch_norms(network: nn.Module) -> Iterator[nn.BatchNorm2d]:
 def initialise(layers: Sequence[Layer], tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
     """He initialisation (arXiv 1502.01852, fan-in), in place.
 
-    Gamma is zero in the last batch norm of every branch that is added to a shortcut, one elsewhere: Goyal et al., arXiv 1706.02677, 5.1, and BigNAS, 3.1: deep children start as shallow ones; without
-    it the learning rate must fall to about 30%.
+    Gamma is zero in the last batch norm of every branch that is added to a shortcut, one elsewhere: Goyal et al.,
+    arXiv 1706.02677, 5.1, and BigNAS, 3.1: deep children start as shallow ones; without it the learning rate must fall
+    to about 30%.
     """
     for layer in layers:
         for name in layer.tensors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -111,7 +110,10 @@ class Store:
     """
 
     def __init__(self, url: str | Path) -> None:
-        self._url = sa.make_url(f"sqlite:///{url}" if isinstance(url, Path) else url)
+        try:
+            self._url = sa.make_url(f"sqlite:///{url}" if isinstance(url, Path) else url)
+        except sa.exc.ArgumentError:
+            raise InputError(f"{url!r} is no database URL, such as sqlite:////data/hwnas.db") from None
         self._sqlite = self._url.get_backend_name() == "sqlite"
         arguments = {"timeout": BUSY_TIMEOUT_S} if self._sqlite else {}
         with self._explained():
@@ -136,7 +138,7 @@ class Store:
     def _check_file(self, connection: sa.Connection) -> None:
         found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
         if found != "ok":
-            raise InputError(self._damaged(str(found)))
+            raise InputError(self._damaged(str(found).splitlines()[-1]))
         if connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
@@ -180,9 +182,7 @@ class Store:
         }
         same = ("device", "runtime", "precision", "reference", "role", "error", "write_s", "run_s")
         with self._connection() as connection:
-            connection.execute(
-                sa.insert(_measurements), row | {name: getattr(measurement, name) for name in same}
-            )
+            connection.execute(sa.insert(_measurements), row | {name: getattr(measurement, name) for name in same})
 
     def measurements(
         self,
@@ -213,21 +213,24 @@ class Store:
         ]
         with self._connection() as connection:
             rows = connection.execute(sa.select(_measurements).where(*conditions).order_by(table.id)).all()
-            found = [measurement for measurement in map(self._measurement, rows) if timing in (None, measurement.timing)]
+            query = sa.select(table.protocol, table.reference_ms).where(
+                table.protocol.in_({row.protocol for row in rows})
+            )
             references: dict[str, list[float]] = {}
-            protocols = {measurement.protocol for measurement in found}
-            query = sa.select(table.protocol, table.reference_ms).where(table.protocol.in_(protocols))
             for key, reference_ms in connection.execute(query):
                 references.setdefault(key, []).extend(reference_ms)
-        usual = {
-            measurement.protocol: usual_ms(references[measurement.protocol], measurement.timing.max_drift)
-            for measurement in found
-            if references[measurement.protocol]
-        }
-        return [
-            replace(measurement, usual_reference_ms=usual[measurement.protocol]) if measurement.reference_ms else measurement
-            for measurement in found
-        ]
+        usual: dict[str, float] = {}
+        found = []
+        for row in rows:
+            measurement = self._measurement(row)
+            if timing not in (None, measurement.timing):
+                continue
+            if measurement.reference_ms:
+                if row.protocol not in usual:
+                    usual[row.protocol] = usual_ms(references[row.protocol], measurement.timing.max_drift)
+                measurement = replace(measurement, usual_reference_ms=usual[row.protocol])
+            found.append(measurement)
+        return found
 
     def _measurement(self, row: sa.Row[Any]) -> Measurement:
         source = f"{self.name}: measurement {row.id}"
@@ -271,9 +274,7 @@ class Store:
         Raises:
             InputError: the database cannot be read.
         """
-        found = self._select_evaluations(
-            _evaluations.c.arch_id == arch.id, *self._which(weights, split, protocol)
-        )
+        found = self._select_evaluations(_evaluations.c.arch_id == arch.id, *self._which(weights, split, protocol))
         return found[0] if found else None
 
     def evaluations(self, weights: str, split: str, protocol: str) -> list[Evaluation]:

@@ -76,9 +76,11 @@ class FakeDevice(Device):
         self._layers: dict[Path, tuple[Layer, ...]] = {}
 
     def versions(self) -> dict[str, str]:
+        """See `Device`."""
         return {"fake": "1"}
 
     def run(self, path: Path, timing: Timing) -> RunTimes:
+        """See `Device`."""
         if path not in self._layers:
             self._layers[path] = read_layers(path)
         number = len(self.ran)
@@ -131,12 +133,10 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
                 layers[name] = replace(layers[name], activation=activation)
             writer[output], shapes[output] = writer[source], shapes[source]
             continue
-        name = output.removesuffix(".conv") if node.op_type == "Conv" else output
-        if node.op_type == "Gemm":
-            name = node.input[1].removesuffix(".weight")
+        weighted = node.op_type in ("Conv", "Gemm")
+        name = node.input[1].removesuffix(".weight") if weighted else output
         channels, size = shapes[source]
-        biased = len(node.input) > 2
-        if node.op_type in ("Conv", "Gemm"):
+        if weighted:
             layers[name] = Layer(
                 name=name,
                 kind="conv" if node.op_type == "Conv" else "linear",
@@ -147,7 +147,7 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
                 kernel=options.get("kernel_shape", [1])[0],
                 stride=options.get("strides", [1])[0],
                 groups=options.get("group", 1),
-                bias=biased,
+                bias=len(node.input) > 2,
             )
         else:
             layers[name] = Layer(
@@ -186,6 +186,7 @@ class DeviceContract:
         return writer.write(layers, random_tensors(layers, np.random.default_rng(0)), path).path
 
     def test_describes_itself(self, device: Device) -> None:
+        """Name, runtime, precision, and versions that stay the same."""
         assert device.name
         assert device.runtime
         assert device.precision
@@ -195,17 +196,20 @@ class DeviceContract:
         assert all(isinstance(value, str) for value in versions.values())
 
     def test_runs_as_often_as_asked(self, device: Device, network: Path) -> None:
+        """At least `repeats` positive times."""
         times = device.run(network, replace(QUICK, repeats=7))
         assert len(times.times_ms) >= 7
         assert min(times.times_ms) > 0
 
     def test_bigger_networks_take_longer(self, device: Device, network: Path, tmp_path: Path) -> None:
+        """In turns on two files, each keeps its own latency."""
         bigger = self.write(device, tmp_path, largest=True)
         timing = replace(device.timing, repeats=10)
         small, big, again = (device.run(path, timing).latency_ms for path in (network, bigger, network))
         assert big > 2 * max(small, again)
 
     def test_a_bad_file_fails_alone(self, device: Device, network: Path, tmp_path: Path) -> None:
+        """A `DeviceError`, and the next network runs."""
         garbage = tmp_path / f"garbage{network.suffix}"
         garbage.write_bytes(b"no network")
         with pytest.raises(DeviceError):
@@ -215,6 +219,7 @@ class DeviceContract:
         assert device.run(network, QUICK).latency_ms > 0
 
     def test_opens_again_after_close(self, device: Device, network: Path) -> None:
+        """Closing twice is fine, too."""
         device.close()
         device.close()
         assert device.run(network, QUICK).latency_ms > 0
@@ -229,6 +234,7 @@ class ExporterContract:
         return tiny_space()
 
     def test_file_says_what_it_is(self, exporter: Exporter, tmp_path: Path) -> None:
+        """The artifact describes the file, nothing is left beside it, and it can be replaced."""
         layers = lower(self.space(), self.space().smallest())
         tensors = random_tensors(layers, np.random.default_rng(0))
         path = tmp_path / f"model{exporter.suffix}"
@@ -239,6 +245,7 @@ class ExporterContract:
         assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
     def test_logits_per_image(self, exporter: Exporter, tmp_path: Path) -> None:
+        """Of every image by itself."""
         space = self.space()
         arch = space.sample(np.random.default_rng(0))
         layers = lower(space, arch)
@@ -252,6 +259,7 @@ class ExporterContract:
         assert not np.allclose(logits[0], logits[1])
 
     def test_refuses_incomplete_networks(self, exporter: Exporter, tmp_path: Path) -> None:
+        """Missing or misshapen tensors are named, and no file is written."""
         layers = lower(self.space(), self.space().smallest())
         tensors = random_tensors(layers, np.random.default_rng(0))
         path = tmp_path / f"model{exporter.suffix}"
@@ -263,6 +271,7 @@ class ExporterContract:
         assert not list(tmp_path.iterdir())
 
     def test_a_bad_file_is_an_export_error(self, exporter: Exporter, tmp_path: Path) -> None:
+        """Also when running one."""
         path = tmp_path / f"garbage{exporter.suffix}"
         path.write_bytes(b"no network")
         with pytest.raises(ExportError):

@@ -44,9 +44,7 @@ class DeviceSpec:
         from hwnas.devices.worker_device import WorkerDevice
 
         cores = None if self.cores == "auto" else self.cores
-        return WorkerDevice(
-            name, Host(), self.runtime, precision=self.precision, timing=self.timing, cores=cores
-        )
+        return WorkerDevice(name, Host(), self.runtime, precision=self.precision, timing=self.timing, cores=cores)
 
 
 def _files(run_devices: Path | None) -> dict[str, Path]:

@@ -38,9 +38,9 @@ class Timing:
     """How latency is measured; recorded with each result.
 
     A child is timed in rounds, in turns with a reference network: reference, child, reference, child, ..., reference.
-    A round is steady if the reference, before and after it, is as fast as it usually is, and its own runs agree. Rounds
-    go on until `rounds` steady ones are there; after `max_rounds` the child is marked unstable. The default takes 0.2 s for a child of
-    0.1 ms on a quiet machine, at most 0.6 s.
+    A round is steady if the reference, before and after it, is as fast as it usually is, and its own runs agree.
+    Rounds go on until `rounds` steady ones are there; after `max_rounds` the child is marked unstable. By default a
+    child of 0.1 ms takes 0.2 s on a quiet machine, and 0.5 s at most.
 
     Attributes:
         warmup_s: run a network untimed for so long when it has just been loaded.
@@ -115,13 +115,13 @@ class RunTimes:
 def usual_ms(reference_ms: Iterable[float], max_drift: float) -> float:
     """The reference's latency when nothing disturbs it, from its medians of many rounds.
 
-    Other work on the machine only ever slows it down, often most of the time, so this is the median of the cluster at
-    the low end: of the values within `max_drift` of the 10th percentile. (Two busy processes on two cores: the median
-    of all was 60% off; this was 2% off.)
+    Other work on the machine only ever slows it down, often most of the time: with two busy processes on two cores the
+    median is 60% off. So this is the median of the low end: of the values up to three times `max_drift` above the 10th
+    percentile, which keeps apart the few percent by which the clock of an undisturbed processor wanders.
     """
     values = np.asarray(list(reference_ms))
     low = np.quantile(values, 0.1, method="lower")
-    return float(np.median(values[np.abs(values / low - 1) <= max_drift]))
+    return float(np.median(values[values <= low * (1 + 3 * max_drift)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +169,7 @@ class Measurement:
     @property
     def protocol(self) -> str:
         """Twelve hexadecimal digits: measurements with the same protocol can be compared."""
-        return protocol_key(
-            self.device, self.runtime, self.versions, self.precision, self.timing, self.reference
-        )
+        return protocol_key(self.device, self.runtime, self.versions, self.precision, self.timing, self.reference)
 
     @cached_property
     def steady(self) -> NDArray[np.bool_]:
@@ -194,9 +192,7 @@ class Measurement:
             scale = self.usual_reference_ms / ((around[:-1] + around[1:]) / 2)
         counts = np.ones_like(self.steady) if self.unstable else self.steady
         return [
-            (times, float(factor))
-            for times, factor, count in zip(self.rounds, scale, counts, strict=True)
-            if count
+            (times, float(factor)) for times, factor, count in zip(self.rounds, scale, counts, strict=True) if count
         ]
 
     @property
@@ -317,7 +313,7 @@ class Device(ABC):
             DeviceGoneError: no network can be run.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nothing to close is fine
         """Let go of what is open; a later `run` opens it again. Never raises."""
 
     def __enter__(self) -> Self:

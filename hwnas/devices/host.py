@@ -15,9 +15,11 @@ class Host(Transport):
     """Runs programs on this machine; files are where they are."""
 
     def send(self, path: Path) -> str:
+        """See `Transport`."""
         return str(path.absolute())
 
     def start(self, command: Sequence[str], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+        """See `Transport`."""
         try:
             return subprocess.Popen(
                 command,
@@ -31,4 +33,5 @@ class Host(Transport):
 
     @property
     def python(self) -> tuple[str, ...]:
+        """See `Transport`."""
         return (sys.executable, "-P")  # without the script's folder: its modules have names of packages

@@ -4,8 +4,9 @@ It is sent to other machines as it is, so it is one file that imports the standa
 never hwnas. A process of its own keeps the measurement free of its parent's threads, and a crash of the runtime away
 from the parent.
 
-`warmup_s` is for a network that has to be loaded first. It reads one JSON object a line from stdin and answers each with one line on stdout, `{"ok": ...}` or `{"error": "why"}`;
+It reads one JSON object a line from stdin and answers with one line on stdout, `{"ok": ...}` or `{"error": "why"}`;
 whatever else the runtime prints goes to stderr. It ends when stdin does, or when a request takes over its `limit_s`.
+`warmup_s` is for a network that has to be loaded first.
 
     {"op": "versions"}                      -> {"onnxruntime": "1.31.1", "processor": "..."}
     {"op": "run", "path": ..., "threads": 1, "cores": null, "warmup_runs": 3, "warmup_s": 0.02, "repeats": 10,
@@ -111,10 +112,12 @@ def time_runs(
 ) -> tuple[list[int], list[int]]:
     """Wall time of each run, ns, and whether the system took the processor away during it."""
     clock = time.perf_counter_ns
-    who = resource and (resource.RUSAGE_THREAD if threads == 1 else resource.RUSAGE_SELF)
 
     def switches() -> int:
-        return resource.getrusage(who).ru_nivcsw if resource else 0
+        if resource is None:
+            return 0
+        one_thread = threads == 1 and hasattr(resource, "RUSAGE_THREAD")  # Linux
+        return resource.getrusage(resource.RUSAGE_THREAD if one_thread else resource.RUSAGE_SELF).ru_nivcsw
 
     for _ in range(warmup_runs):
         run()

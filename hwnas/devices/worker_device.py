@@ -51,10 +51,12 @@ class WorkerDevice(Device):
         self._versions: dict[str, str] = {}
 
     def versions(self) -> dict[str, str]:
+        """See `Device`."""
         self._open()
         return dict(self._versions)
 
     def run(self, path: Path, timing: Timing) -> RunTimes:
+        """See `Device`."""
         request = {
             "op": "run",
             "path": self._transport.send(path),
@@ -73,6 +75,7 @@ class WorkerDevice(Device):
         )
 
     def close(self) -> None:
+        """See `Device`."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

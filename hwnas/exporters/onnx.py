@@ -47,7 +47,8 @@ def onnx_model(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]]) -> 
     Raises:
         ExportError: a tensor is missing or has the wrong shape.
     """
-    return onnx.ModelProto.FromString(b"".join(_encode(*_graph(layers, tensors))))
+    model: onnx.ModelProto = onnx.ModelProto.FromString(b"".join(_encode(*_graph(layers, tensors))))
+    return model
 
 
 def _graph(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]]) -> tuple[onnx.GraphProto, _Weights]:
@@ -79,7 +80,7 @@ def _encode(graph: onnx.GraphProto, weights: _Weights) -> Iterator[bytes | memor
         raw = np.ascontiguousarray(value, dtype="<f4")
         head = tensor + _open(TensorProto.RAW_DATA_FIELD_NUMBER, raw.nbytes)
         parts.append(_open(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + raw.nbytes) + head)
-        parts.append(memoryview(raw).cast("B"))
+        parts.append(raw.data.cast("B"))
     model = onnx.ModelProto(producer_name="hwnas", ir_version=_IR_VERSION)
     model.opset_import.append(helper.make_opsetid("", _OPSET))
     yield model.SerializeToString()
@@ -115,7 +116,7 @@ class _Writer:
                     "strides": [layer.stride] * 2,
                     "pads": [layer.kernel // 2] * 4,
                 }
-                conv = f"{output}.conv" if layer.activation else output
+                conv = f"{output}.preactivation" if layer.activation else output
                 self._node("Conv", inputs, conv, group=layer.groups, **sizes)
                 if layer.activation:
                     self._activation(layer.activation, conv, output)
@@ -189,6 +190,7 @@ class OnnxExporter(Exporter):
     suffix: ClassVar[str] = ".onnx"
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+        """See `Exporter`."""
         digest = hashlib.sha256()
         with replacing(path) as temporary, temporary.open("wb") as file:
             for part in _encode(*_graph(layers, tensors)):
@@ -197,10 +199,13 @@ class OnnxExporter(Exporter):
         return Artifact(path, self.format, self.precision, digest.hexdigest())
 
     def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Exporter`."""
         import onnxruntime
 
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # more would spin against torch's
         try:
-            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
             return np.concatenate([session.run([LOGITS], {IMAGE: image[None]})[0] for image in images])
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise ExportError(f"onnxruntime cannot run {path}: {error}") from None

@@ -1,18 +1,63 @@
 """Latency predictors: from an architecture to milliseconds on one device."""
 
-from hwnas.predictors.base import LatencyPredictor, NotFittedError, PredictorFile
-from hwnas.predictors.metrics import PredictionReport, cross_validate, report
+from __future__ import annotations
 
-__all__ = ["LatencyPredictor", "NotFittedError", "PredictionReport", "cross_validate", "load_predictor", "make_predictor", "report"]
+from importlib import import_module
+from pathlib import Path
+
+from hwnas.errors import InputError
+from hwnas.predictors.base import LatencyPredictor as LatencyPredictor
+from hwnas.predictors.base import NotFittedError as NotFittedError
+from hwnas.predictors.base import PredictorFile
+from hwnas.predictors.metrics import PredictionReport as PredictionReport
+from hwnas.predictors.metrics import cross_validate as cross_validate
+from hwnas.predictors.metrics import report as report
+from hwnas.space import SearchSpace
+
+# Each kind's module and class: a new kind is a line here. Modules load on first use.
+_KINDS = {
+    "auto": ("auto", "AutoPredictor"),
+    "gp": ("gp", "GpPredictor"),
+    "macs": ("prior", "MacsPredictor"),
+    "prior": ("prior", "PriorPredictor"),
+    "xgboost": ("xgboost", "XgboostPredictor"),
+}
 
 
-def make_predictor(kind, space):  # placeholder by the lead until helper's own arrives
-    from hwnas.predictors.prior import PriorPredictor
+def predictor_kinds() -> tuple[str, ...]:
+    """The kinds that `make_predictor` knows."""
+    return tuple(_KINDS)
 
-    return PriorPredictor(space)
+
+def make_predictor(kind: str, space: SearchSpace) -> LatencyPredictor:
+    """A predictor of a kind, to be fitted.
+
+    `macs` is the baseline, `prior` sums costs over the layers, `gp` and `xgboost` add what they learn of its errors,
+    `auto` takes whichever of these predicts best.
+
+    Raises:
+        InputError: unknown kind.
+    """
+    return _predictor_class(kind)(space)
 
 
-def load_predictor(path):
-    from hwnas.predictors.prior import PriorPredictor
+def load_predictor(path: str | Path) -> LatencyPredictor:
+    """Read a predictor of whatever kind.
 
-    return PriorPredictor.load(path)
+    Raises:
+        InputError: the file cannot be read, is damaged, or is of an unknown kind.
+    """
+    file = PredictorFile.read(Path(path))
+    try:
+        found = _predictor_class(file.kind)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return found.from_file(file, source=str(path))
+
+
+def _predictor_class(kind: str) -> type[LatencyPredictor]:
+    if kind not in _KINDS:
+        raise InputError(f"unknown kind of predictor {kind!r}: not one of {', '.join(_KINDS)}")
+    module, name = _KINDS[kind]
+    found: type[LatencyPredictor] = getattr(import_module(f"hwnas.predictors.{module}"), name)
+    return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from pydantic import ConfigDict, with_config
 
 from hwnas.config import check
 from hwnas.errors import InputError
+from hwnas.files import write_text
 from hwnas.space import Architecture, Genes, SearchSpace
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -94,7 +93,7 @@ class LatencyPredictor(ABC):
     """
 
     kind: ClassVar[str]
-    min_samples: ClassVar[int] = 5
+    min_samples: ClassVar[int] = 3
 
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
@@ -156,7 +155,8 @@ class LatencyPredictor(ABC):
         importance = _positive("weights", np.ones(len(genes)) if weights is None else weights, len(genes))
         if len(genes) < self.min_samples:
             raise InputError(
-                f"{len(genes)} measurements are too few for predictor {self.kind!r}: measure at least {self.min_samples}"
+                f"{len(genes)} measurements are too few for predictor {self.kind!r}: "
+                f"measure at least {self.min_samples} children"
             )
         order = np.lexsort((importance, latency, *genes.T))
         genes, latency, importance = genes[order], latency[order], importance[order]
@@ -179,14 +179,29 @@ class LatencyPredictor(ABC):
             NotFittedError: before `fit`.
             InputError: an architecture is not of the predictor's space.
         """
-        self._check_fitted()
         return self.predict_genes(self.space.encode(archs))
 
     def predict_genes(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
         """`predict` for architectures as genes, (num_archs, num_genes): the fast road for whole populations."""
-        self._check_fitted()
-        assert self._predict is not None
+        if self._predict is None:
+            raise self._not_fitted()
         return self._predict(genes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the predictor is, for JSON: equal for predictors that predict the same.
+
+        Raises:
+            NotFittedError: before `fit`.
+        """
+        if self._learned is None or self.statistics is None:
+            raise self._not_fitted()
+        return {
+            "schema": 1,
+            "kind": self.kind,
+            "space": self.space.to_dict(),
+            "learned": self._learned,
+            "statistics": asdict(self.statistics),
+        }
 
     def save(self, path: str | Path, *, created: datetime | None = None) -> None:
         """Write the predictor as JSON, whole or not at all; `created` is now unless given.
@@ -195,17 +210,9 @@ class LatencyPredictor(ABC):
             NotFittedError: before `fit`.
             OSError: the file cannot be written.
         """
-        self._check_fitted()
-        assert self._learned is not None and self.statistics is not None
-        file = PredictorFile(
-            schema=1,
-            kind=self.kind,
-            space=self.space.to_dict(),
-            learned=self._learned,
-            statistics=self.statistics,
-            created=(created or datetime.now(UTC)).isoformat(timespec="seconds"),
-        )
-        _write_atomically(Path(path), json.dumps(asdict(file), indent=1, allow_nan=False) + "\n")
+        when = created or datetime.now(UTC)
+        content = self.to_dict() | {"created": when.isoformat(timespec="seconds")}
+        write_text(Path(path), json.dumps(content, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -238,9 +245,8 @@ class LatencyPredictor(ABC):
             raise InputError(f"{source}: damaged, fit the predictor anew (it predicts {answers.tolist()})")
         return predictor
 
-    def _check_fitted(self) -> None:
-        if self._predict is None:
-            raise NotFittedError(f"predictor {self.kind!r} has learned nothing yet: call fit or load first")
+    def _not_fitted(self) -> NotFittedError:
+        return NotFittedError(f"predictor {self.kind!r} has learned nothing yet: call fit or load first")
 
 
 def _positive(name: str, values: Sequence[float] | FloatArray, num: int) -> FloatArray:
@@ -257,18 +263,3 @@ def _positive(name: str, values: Sequence[float] | FloatArray, num: int) -> Floa
             f"{name}[{wrong[0]}]={array[wrong[0]]}: must be a finite number over 0; leave failed measurements out"
         )
     return array
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -71,7 +71,8 @@ def cross_validate(
 
     Args:
         make: makes an unfitted predictor, such as `lambda: make_predictor("gp", space)`.
-        archs, latency_ms: the measurements, (num_archs,).
+        archs: the measured children, (num_archs,).
+        latency_ms: their latencies, (num_archs,).
         folds: in how many parts the measurements are split.
         rng: splits them.
 

@@ -98,7 +98,9 @@ def _default_rates(launch_factor: float) -> FloatArray:
     return np.array([rates[name] for name in FEATURE_NAMES]) * 1e-6
 
 
-def _solve(features: FloatArray, latency_ms: FloatArray, weights: FloatArray, rates: FloatArray, ridge: float) -> FloatArray:
+def _solve(
+    features: FloatArray, latency_ms: FloatArray, weights: FloatArray, rates: FloatArray, ridge: float
+) -> FloatArray:
     """The minimum that `fit_prior` describes, as ms a unit of each feature; what never occurs keeps its default."""
     costs = features / latency_ms[:, None]
     coefficients = rates / np.median(costs @ rates)
@@ -108,7 +110,7 @@ def _solve(features: FloatArray, latency_ms: FloatArray, weights: FloatArray, ra
     default = coefficients[occurs] * means
     rows = np.column_stack([costs[:, occurs] / means, np.ones(len(costs))]) * np.sqrt(weights)[:, None]
     if len(rows) > rows.shape[1]:
-        rows = np.linalg.qr(rows, mode="r")  # the same sum of squares in fewer rows
+        rows = np.asarray(np.linalg.qr(rows, mode="r"))  # the same sum of squares in fewer rows
     pull = np.sqrt(ridge) / (default + _SLACK)
     shares, _ = nnls(np.vstack([rows[:, :-1], np.diag(pull)]), np.concatenate([rows[:, -1], pull * default]))
     coefficients[occurs] = shares / means
@@ -131,7 +133,7 @@ def conformal_90(scores: FloatArray) -> float:
 
 
 class PriorPredictor(LatencyPredictor):
-    """The sum of non-negative costs over the layers, fitted as `fit_prior` describes: good from about 10 measurements."""
+    """A sum of non-negative costs over the layers, fitted as `fit_prior` says: good from about 10 measurements."""
 
     kind: ClassVar[str] = "prior"
 

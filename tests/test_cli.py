@@ -1,0 +1,351 @@
+"""The command line as a user meets it: a whole small run, wrong input, and kill -9 at random moments."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from hwnas.cli import main
+from hwnas.exporters.onnx import OnnxExporter
+from hwnas.run import Run
+from hwnas.space import SearchSpace
+
+DEVICE = {
+    "transport": "host",
+    "runtime": "onnxruntime",
+    "timing": {"rounds": 2, "max_rounds": 2, "min_duration_s": 0.001, "warmup_s": 0.0, "max_drift": 10.0},
+}
+SPACE = {"base": "tiny", "resolution": [8, 12]}
+TRAIN = ["--data", "digits", "-o", "data.size=12", "-o", "train.epochs=0.5", "-o", "train.threads=1"]
+
+
+def hwnas(capsys, *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def document(capsys, *words: object) -> dict:
+    code, out, err = hwnas(capsys, *words, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def add_device(folder: Path) -> None:
+    (folder / "devices").mkdir(parents=True, exist_ok=True)
+    (folder / "devices" / "quick.yaml").write_text(yaml.safe_dump(DEVICE))
+
+
+@pytest.fixture(scope="module")
+def space_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "mine.yaml"
+    path.write_text(yaml.safe_dump(SPACE))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, space_file) -> Path:
+    """A run with everything: trained, profiled, searched. Tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    add_device(folder)
+    for words in (
+        ["train", "--space", space_file, *TRAIN],
+        ["profile", "--device", "quick", "--children", 12, "--holdout", 3],
+        ["search", "--device", "quick", "--latency-ms", 50, "--evaluations", 6],
+    ):
+        assert main([*map(str, words), "--run", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+# ---------------------------------------------------------------- the whole job
+
+
+def test_cost_needs_no_run(capsys):
+    found = document(capsys, "cost", "--space", "bignas", "--arch", "smallest")
+    assert f"{found['macs'] / 1e6:.1f}" == "217.6"
+    assert found["macs"] == sum(layer["macs"] for layer in found["layers"])
+    assert found["params"] == sum(layer["params"] for layer in found["layers"])
+    biggest = document(capsys, "cost", "--space", "bignas", "--arch", "biggest")
+    assert f"{biggest['macs'] / 1e6:.1f} {biggest['params'] / 1e6:.2f}" == "1891.5 11.02"
+
+
+def test_cost_of_a_file(capsys, tmp_path):
+    arch = SearchSpace.load("bignas").smallest().to_dict() | {"resolution": 100}
+    (tmp_path / "arch.json").write_text(json.dumps(arch))
+    found = document(capsys, "cost", "--space", "bignas", "--arch", tmp_path / "arch.json")
+    assert found["in_space"] is False
+    assert found["architecture"] == arch
+    code, out, _ = hwnas(capsys, "cost", "--space", "bignas", "--arch", tmp_path / "arch.json")
+    assert code == 0
+    assert "stage7.block1.project" in out
+    assert "not a member of space bignas" in out
+
+
+def test_search_document(capsys, finished):
+    found = json.loads((finished / "results" / "quick-50ms.json").read_text())
+    keys = {"architecture", "accuracy", "predicted_ms", "std_ms", "measured_ms", "macs", "params"}
+    assert all(set(entry) == keys for entry in [*found["front"], found["best"], found["random"]])
+    assert found["best"]["measured_ms"] <= 50
+    latencies = [entry["measured_ms"] or entry["predicted_ms"] for entry in found["front"]]
+    assert latencies == sorted(latencies)
+    accuracies = [entry["accuracy"] for entry in found["front"]]
+    assert accuracies == sorted(accuracies)
+    space = Run(finished).space
+    assert space.check(type(space.smallest()).from_dict(found["best"]["architecture"]))
+
+
+def test_repeating_commands_repeats_no_work(capsys, run):
+    before = counts(run)
+    again = document(capsys, "train", "--run", run)
+    assert again["space"] == "mine"
+    first = json.loads((run / "results" / "quick-50ms.json").read_text())
+    found = document(capsys, "search", "--run", run, "--device", "quick", "--latency-ms", 50, "--evaluations", 6)
+    assert found["best"]["architecture"] == first["best"]["architecture"]
+    document(capsys, "profile", "--run", run, "--device", "quick", "--children", 12, "--holdout", 3)
+    assert counts(run) == before
+
+
+def counts(run: Path) -> dict[str, int]:
+    with sqlite3.connect(run / "hwnas.db") as database:
+        tables = ("hwnas_measurements", "hwnas_evaluations", "trials")
+        return {t: database.execute(f"select count(*) from {t}").fetchone()[0] for t in tables}
+
+
+def test_predict(capsys, run):
+    words = ["predict", "--run", run, "--device", "quick", "--arch", "smallest", "--arch", "biggest"]
+    small, big = document(capsys, *words)["predictions"]
+    assert 0 < small["predicted_ms"] < big["predicted_ms"]
+    assert small["std_ms"] > 0
+    code, out, _ = hwnas(capsys, *words)
+    assert code == 0
+    assert "smallest" in out
+
+
+def test_export_runs_on_its_own(capsys, run, tmp_path):
+    """The bundle alone gives the accuracy its manifest states."""
+    target = tmp_path / "bundle"
+    found = document(capsys, "export", "--run", run, "--output", target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    assert found["bundle"] == str(target)
+    assert {p.name for p in target.iterdir()} == {"model.onnx", "manifest.json"}
+    assert manifest["parity"]["passed"]
+    assert manifest["parity"]["num_images"] == 64
+    assert manifest["latency"]["device"] == "quick"
+    assert manifest["latency"]["measured_ms"] > 0
+    assert manifest["classes"] == [str(i) for i in range(10)]
+    from hwnas.data import batches, load_dataset
+
+    data = load_dataset("digits", cache=tmp_path, size=12)
+    assert manifest["preprocessing"]["mean"] == list(data.preprocessing.mean)
+    images, labels = next(batches(data.test, len(data.test), manifest["preprocessing"]["resolution"]))
+    logits = OnnxExporter().infer(target / "model.onnx", images.numpy())
+    accuracy = float((logits.argmax(1) == labels.numpy()).mean())
+    assert accuracy == pytest.approx(manifest["accuracy"]["value"], abs=1e-9)
+    document(capsys, "export", "--run", run, "--output", target)  # replaces a bundle
+
+
+def test_export_of_a_broken_file_fails_its_parity_check(capsys, run, tmp_path, monkeypatch):
+    honest = OnnxExporter.write
+
+    def swapped(self, layers, tensors, path):
+        broken = {**tensors, "classifier.bias": tensors["classifier.bias"] + 0.01}
+        return honest(self, layers, broken, path)
+
+    monkeypatch.setattr(OnnxExporter, "write", swapped)
+    target = tmp_path / "bundle"
+    code, out, err = hwnas(capsys, "export", "--run", run, "--arch", "smallest", "--output", target)
+    assert code == 5
+    assert "logits differ by up to 0.01" in err
+    assert not target.exists()
+    assert [p for p in tmp_path.iterdir() if "bundle" in p.name] == []
+    assert out == ""
+
+
+def test_devices(capsys, run):
+    listed = {entry["name"]: entry for entry in document(capsys, "devices", "--run", run)["devices"]}
+    assert listed["cpu"]["predictor"] is False
+    assert listed["quick"]["predictor"] is True
+    assert listed["cpu"]["runtime"] == "onnxruntime"
+
+
+def test_profile_before_training(capsys, tmp_path, space_file):
+    run = tmp_path / "run"
+    add_device(run)
+    words = ["--run", run, "--device", "quick", "--children", 8]
+    found = document(capsys, "profile", *words, "--space", space_file)
+    assert found["num_children"] == 8
+    assert document(capsys, "fit", "--run", run, "--device", "quick")["num_children"] == 8
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--data", "digits", "--space", "bignass"], "unknown space 'bignass': not one of"),
+        (["train", "--data", "nowhere/"], "no such folder"),
+        (["train", "--data", "digitz"], "did you mean"),
+        (["train"], "--data"),
+        (["train", "--data", "digits", "-o", "train.lr=fast"], "lr: .*not 'fast'"),
+        (["train", "--data", "digits", "-o", "train.speed=1"], "speed: is not a known key"),
+        (["train", "--data", "digits", "-o", "lr=1"], "options are named"),
+        (["train", "--data", "digits", "-o", "train.lr"], "write key=value"),
+        (["train", "--data", "digits", "--recipe", "cake"], "recipe 'cake' is not one of bignas, short"),
+        (["train", "--data", "digits", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["profile", "--device", "cpu"], "no run at .*: start one with"),
+        (["search", "--device", "cpu", "--latency-ms", "1"], "no run at"),
+        (["export"], "no run at"),
+        (["search", "--device", "cpu", "--latency-ms", "abc"], "'abc' is not a valid float"),
+        (["search", "--device", "cpu"], "Missing option '--latency-ms'"),
+        (["cost", "--space", "bignas", "--arch", "none.json"], "none.json: cannot be read"),
+        (["cost", "--arch", "smallest"], "no run at"),
+        (["fly"], "No such command 'fly'"),
+        (["devices", "--json", "--loud"], "No such option"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(capsys, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = hwnas(capsys, *words)
+    last = err.splitlines()[-1]
+    assert code == 2
+    assert last.startswith("hwnas: ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert re.search(message, last), last
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["profile", "--device", "cpux"], "unknown device 'cpux': not one of cpu, quick; did you mean 'cpu'"),
+        (["profile", "--device", "quick", "--children", 2], "children=2: at least 5"),
+        (["profile", "--device", "quick", "--kind", "oracle"], "oracle"),
+        (["search", "--device", "cpu", "--latency-ms", 1], "no latency predictor for 'cpu'"),
+        (["search", "--device", "quick", "--latency-ms", 0], "latency limit 0.0 ms: must be a number over 0"),
+        (["search", "--device", "quick", "--latency-ms", "nan"], "latency limit nan ms"),
+        (["search", "--device", "quick", "--latency-ms", 1, "--confidence", 2], "confidence 2.0"),
+        (["search", "--device", "quick", "--latency-ms", 1, "--evaluations", 0], "evaluations=0"),
+        (["export", "--format", "gif"], "format 'gif' is not one of onnx"),
+        (["export", "--result", "none"], "no result 'none' .*quick-50ms"),
+        (["export", "--output", "/proc/none"], "/proc/none: cannot be written"),
+        (["predict", "--device", "quick", "--arch", "none.json"], "none.json: cannot be read"),
+        (["train", "--data", "digits"], "holds a run with another space"),
+        (["train", "--data", "digits", "--space", "SPACE", "-o", "data.size=12"], "another train"),
+    ],
+)
+def test_wrong_input_with_a_run(capsys, words, message, run, space_file):
+    before = counts(run)
+    words = [space_file if word == "SPACE" else word for word in words]
+    code, out, err = hwnas(capsys, *words, "--run", run)
+    assert code == 2, err
+    assert re.search(message, err.splitlines()[-1]), err
+    assert out == ""
+    assert counts(run) == before
+
+
+def test_a_limit_below_the_smallest_child(capsys, run):
+    code, out, err = hwnas(capsys, "search", "--run", run, "--device", "quick", "--latency-ms", 1e-6)
+    assert code == 3
+    assert "the least possible is 0.0" in err.splitlines()[-1]
+    assert out == ""
+
+
+def test_a_limit_above_the_biggest_child_is_said(capsys, run):
+    words = ["search", "--run", run, "--device", "quick", "--latency-ms", 1000, "--evaluations", 2]
+    code, _, err = hwnas(capsys, *words)
+    assert code == 0
+    assert "above the biggest child" in err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage"])
+def test_damaged_files_are_named(capsys, run, damage):
+    for name, words in (
+        ("hwnas.db", ["search", "--device", "quick", "--latency-ms", 50]),
+        ("supernet.safetensors", ["search", "--device", "quick", "--latency-ms", 50]),
+        ("run.yaml", ["search", "--device", "quick", "--latency-ms", 50]),
+        ("predictors/quick.json", ["predict", "--device", "quick", "--arch", "smallest"]),
+        ("results/quick-50ms.json", ["export"]),
+    ):
+        path = run / name
+        original = path.read_bytes()
+        for extra in run.glob("hwnas.db-*"):
+            extra.unlink()
+        half = original[: len(original) // 2]
+        path.write_bytes(half if damage == "truncated" else b"\x00\xff garbage" * 50)
+        code, out, err = hwnas(capsys, *words, "--run", run)
+        assert (code, out) == (2, ""), (name, err)
+        assert Path(name).name in err.splitlines()[-1]
+        path.write_bytes(original)
+
+
+def test_a_damaged_checkpoint_is_named(capsys, run):
+    (run / "supernet.safetensors").unlink()
+    newest = max((run / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:500])
+    code, _, err = hwnas(capsys, "train", "--run", run)
+    assert code == 2
+    assert newest.name in err
+    assert "delete it" in err
+
+
+# ---------------------------------------------------------------- kill -9
+
+
+def kill_at_random(words: list[object], seconds: tuple[float, float], times: int, seed: int) -> None:
+    """Start the command and kill it with SIGKILL somewhere, a few times; then let it finish."""
+    command = [sys.executable, "-m", "hwnas", *map(str, words)]
+    rng = random.Random(seed)
+    for _ in range(times):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            time.sleep(rng.uniform(*seconds))
+            os.kill(process.pid, signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_killed_profile_goes_on(tmp_path, space_file):
+    run = tmp_path / "run"
+    add_device(run)
+    words = ["profile", "--run", run, "--device", "quick", "--children", 40, "--holdout", 5, "--space", space_file]
+    kill_at_random(words, (1.0, 3.0), 3, seed=0)
+    with sqlite3.connect(run / "hwnas.db") as database:
+        rows = database.execute("select arch_id, error from hwnas_measurements").fetchall()
+    assert len(rows) == len({arch for arch, _ in rows}) == 45  # each child once, none lost
+    assert {error for _, error in rows} == {None}
+
+
+def test_killed_search_goes_on(run, finished):
+    words = ["search", "--run", run, "--device", "quick", "--latency-ms", 40, "--evaluations", 30]
+    kill_at_random(words, (2.0, 5.0), 3, seed=1)
+    with sqlite3.connect(run / "hwnas.db") as database:
+        evaluated = database.execute("select arch_id from hwnas_evaluations").fetchall()
+        trials = database.execute("select count(*) from trials").fetchone()[0]
+    assert len(evaluated) == len(set(evaluated))
+    assert trials - counts(finished)["trials"] == 60  # both studies whole, nothing twice
+    result = json.loads((run / "results" / "quick-40ms.json").read_text())
+    assert result["num_evaluations"] == 30
+
+
+def test_killed_training_goes_on(tmp_path, space_file, finished):
+    run = tmp_path / "run"
+    words = ["train", "--run", run, "--space", space_file, *TRAIN]
+    kill_at_random(words, (1.5, 4.0), 2, seed=2)
+    ours, theirs = ((folder / "supernet.safetensors").read_bytes() for folder in (run, finished))
+    assert np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8))

@@ -1,0 +1,291 @@
+"""The measuring loop against a fake device, and the choice of children."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hwnas.devices import load_device
+from hwnas.devices.base import DeviceGoneError, Timing
+from hwnas.errors import DeviceError
+from hwnas.layers import lower, total_macs
+from hwnas.measure import choose_children, measure, reference_child
+from hwnas.space import SearchSpace
+from hwnas.store import Store
+from hwnas.testing import QUICK, FakeDevice, fake_latency_ms, tiny_space
+
+ROOT = Path(__file__).parent.parent
+SPACE = tiny_space()
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "hwnas.db") as store:
+        yield store
+
+
+def children(count):
+    return choose_children(SPACE, count, np.random.default_rng(0), num_candidates=500)
+
+
+def true_ms(arch):
+    return fake_latency_ms(lower(SPACE, arch))
+
+
+def is_reference(layers):
+    return layers[0].in_size == reference_child(SPACE).resolution and total_macs(layers) == total_macs(
+        lower(SPACE, reference_child(SPACE))
+    )
+
+
+def test_measures_in_order_and_records(store):
+    archs = children(8)
+    reports = []
+    device = FakeDevice()
+    found = measure(
+        [*archs, archs[0]], SPACE, device, QUICK, store, role="holdout", report=lambda *args: reports.append(args)
+    )
+    assert [m.arch for m in found] == [*archs, archs[0]]
+    assert found[:-1] == store.measurements(device="fake", timing=QUICK, role="holdout")
+    for m in found:
+        assert m.latency_ms == pytest.approx(true_ms(m.arch), rel=0.03)
+        assert not m.unstable
+        assert len(m.rounds) == QUICK.rounds
+        assert (m.runtime, m.versions, m.precision) == ("fake", {"fake": "1"}, "fp32")
+        assert m.write_s > 0
+    assert [report[:2] for report in reports] == [(n, 8) for n in range(1, 9)]
+    assert float(reports[0][2].removesuffix(" ms")) == pytest.approx(found[0].latency_ms, rel=0.03)
+    assert len({path.parent for path in device.ran}) == 1
+    assert not device.ran[0].parent.exists()
+
+
+def test_child_and_reference_take_turns(store):
+    device = FakeDevice()
+    (arch,) = children(1)
+    measure([arch], SPACE, device, QUICK, store)
+    assert [path.stem for path in device.ran] == [reference_child(SPACE).id, arch.id] * 2 + [reference_child(SPACE).id]
+
+
+def test_resume_measures_nothing_twice(store):
+    archs = children(6)
+    first = measure(archs[:4], SPACE, FakeDevice(seed=1), QUICK, store)
+    device = FakeDevice(seed=2)
+    found = measure(archs, SPACE, device, QUICK, store, role="finalist")
+    assert {path.stem for path in device.ran} == {archs[4].id, archs[5].id, reference_child(SPACE).id}
+    assert [m.rounds for m in found[:4]] == [m.rounds for m in first]
+    assert [m.role for m in found] == ["fit"] * 4 + ["finalist"] * 2
+    measure(archs, SPACE, device := FakeDevice(), QUICK, store)
+    assert not device.ran
+
+
+def test_other_protocol_is_measured_anew(store):
+    archs = children(2)
+    measure(archs, SPACE, FakeDevice(), QUICK, store)
+    for device, timing in ((FakeDevice(), replace(QUICK, threads=2)), (FakeDevice(name="other"), QUICK)):
+        measure(archs, SPACE, device, timing, store)
+        assert len(device.ran) == 10
+    assert len(store.measurements()) == 6
+
+
+def test_disturbed_rounds_are_repeated(store):
+    # Every third call to the device finds it slow: rounds with such a reference beside them, or in them, do not count.
+    device = FakeDevice(slowdown=lambda number: 1.8 if number % 7 in (2, 3) else 1.0)
+    timing = replace(QUICK, rounds=3, max_rounds=20)
+    for m in measure(children(6), SPACE, device, timing, store):
+        assert not m.unstable
+        assert len(m.rounds) > timing.rounds
+        assert m.latency_ms == pytest.approx(true_ms(m.arch), rel=0.03)
+
+
+def test_what_stays_noisy_is_marked(store):
+    rng = np.random.default_rng(0)
+    device = FakeDevice(slowdown=lambda number: rng.uniform(1, 3))
+    timing = replace(QUICK, max_rounds=12, max_drift=0.02)
+    found = measure(children(4), SPACE, device, timing, store)
+    assert all(m.unstable for m in found)
+    assert all(len(m.rounds) == 12 for m in found)
+
+
+def test_drift_is_taken_out(store):
+    # Quiet at first, then everything takes 1.5 times as long: as after another program started.
+    device = FakeDevice(slowdown=lambda number: 1.0 if number < 20 else 1.5)
+    found = measure(children(8), SPACE, device, QUICK, store)
+    assert not found[0].unstable
+    assert found[-1].unstable
+    for m in found:
+        assert m.latency_ms == pytest.approx(true_ms(m.arch), rel=0.04)
+
+
+def test_earlier_measurements_tell_what_is_usual(store):
+    archs = children(6)
+    measure(archs[:3], SPACE, FakeDevice(), QUICK, store)
+    found = measure(archs[3:], SPACE, FakeDevice(slowdown=lambda number: 1.5), QUICK, store)
+    for m in found:
+        assert m.unstable
+        assert m.latency_ms == pytest.approx(true_ms(m.arch), rel=0.04)
+
+
+def test_spread_of_single_runs(store):
+    # Wide but even noise: all rounds are used, and the child is marked.
+    timing = replace(QUICK, repeats=50, max_drift=0.2)
+    (m,) = measure(children(1), SPACE, FakeDevice(spread=0.5), timing, store)
+    assert m.unstable
+    assert m.latency_ms == pytest.approx(true_ms(m.arch), rel=0.2)
+    assert m.relative_iqr > 0.25
+
+
+def test_preempted_runs_do_not_count(store):
+    timing = replace(QUICK, repeats=20)
+    for m in measure(children(3), SPACE, FakeDevice(preempt=0.25), timing, store):
+        assert m.latency_ms == pytest.approx(true_ms(m.arch), rel=0.03)
+        assert m.times_ms.max() > 5 * m.latency_ms  # they are kept
+
+
+def failing(archs):
+    macs = {total_macs(lower(SPACE, arch)) for arch in archs}
+
+    def latency_ms(layers):
+        if total_macs(layers) in macs:
+            raise DeviceError("out of memory")
+        return fake_latency_ms(layers)
+
+    return latency_ms
+
+
+def test_failures_are_recorded_and_tried_again(store):
+    archs = children(8)
+    reports = []
+    found = measure(
+        archs, SPACE, FakeDevice(failing(archs[1:3])), QUICK, store, report=lambda *args: reports.append(args)
+    )
+    assert [m.error for m in found] == [None, "out of memory", "out of memory"] + [None] * 5
+    assert [m.error for m in store.measurements()] == [m.error for m in found]
+    assert reports[1][2] == "out of memory"
+    device = FakeDevice()
+    found = measure(archs, SPACE, device, QUICK, store)
+    assert {path.stem for path in device.ran} == {archs[1].id, archs[2].id, reference_child(SPACE).id}
+    assert all(m.error is None for m in found)
+    assert len(store.measurements()) == 10
+
+
+def test_three_failures_in_a_row_end_it(store):
+    archs = children(8)
+    with pytest.raises(DeviceError, match="3 children in a row failed, the last with: out of memory"):
+        measure(archs, SPACE, FakeDevice(failing(archs[2:])), QUICK, store)
+    assert [m.error is None for m in store.measurements()] == [True, True, False, False, False]
+
+
+def test_device_that_goes_away(store):
+    archs = children(4)
+
+    def latency_ms(layers):
+        if total_macs(layers) == total_macs(lower(SPACE, archs[2])):
+            raise DeviceGoneError("unplugged")
+        return fake_latency_ms(layers)
+
+    with pytest.raises(DeviceGoneError, match="unplugged"):
+        measure(archs, SPACE, FakeDevice(latency_ms), QUICK, store)
+    assert [m.arch for m in store.measurements()] == archs[:2]
+
+
+def test_folder_is_left_empty(store, tmp_path):
+    (tmp_path / "work").mkdir()
+    device = FakeDevice()
+    measure(children(2), SPACE, device, QUICK, store, folder=tmp_path / "work")
+    assert device.ran[0].is_relative_to(tmp_path / "work")
+    assert not list((tmp_path / "work").iterdir())
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_measure import *
+archs = children(6)
+def report(done, total, note=""):
+    if done == 4:
+        os.kill(os.getpid(), 9)
+with Store(Path(sys.argv[1])) as store:
+    measure(archs, SPACE, FakeDevice(), QUICK, store, report=report)
+"""
+
+
+def test_kill_loses_nothing_that_was_reported(tmp_path):
+    path = tmp_path / "hwnas.db"
+    done = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with Store(path) as store:
+        assert [m.arch for m in store.measurements()] == children(6)[:4]
+
+
+def test_on_this_machine(store):
+    archs = children(6)
+    with load_device("cpu") as device:
+        timing = Timing(rounds=4, max_rounds=12, min_duration_s=0.005)
+        found = measure(archs, SPACE, device, timing, store)
+        os.kill(device._process._process.pid, signal.SIGKILL)
+        again = measure([archs[0], SPACE.sample(np.random.default_rng(3))], SPACE, device, timing, store)
+    assert found[1].latency_ms > 3 * found[0].latency_ms
+    assert found[0].rounds == again[0].rounds
+    assert "SIGKILL" in again[1].error
+
+
+# -------------------------------------------------------------------- which children
+
+
+@pytest.mark.parametrize("name", SearchSpace.names())
+def test_children_are_spread_over_sizes(name):
+    space = SearchSpace.load(name)
+    count = 30
+    chosen = choose_children(space, count, np.random.default_rng(0), num_candidates=4096)
+    assert len(set(chosen)) == count
+    assert chosen[:2] == [space.smallest(), space.largest()]
+    for arch in chosen:
+        space.check(arch)
+    size = np.log([total_macs(lower(space, arch)) for arch in chosen])
+    share, _ = np.histogram(size, bins=6)
+    assert share.min() >= 3
+    assert share.max() <= 8
+    early, _ = np.histogram(size[:10], bins=np.linspace(size.min(), size.max(), 4))
+    assert early.min() >= 2
+
+
+def test_children_are_spread_over_choices():
+    chosen = SPACE.encode(choose_children(SPACE, 40, np.random.default_rng(0)))
+    for index, gene in enumerate(SPACE.genes):
+        if len(gene.choices) > 1:
+            present = chosen[chosen[:, index] >= 0, index]
+            counts = np.bincount(present, minlength=len(gene.choices))
+            assert counts.min() >= 0.4 * len(present) / len(gene.choices), gene.name
+
+
+def test_choice_is_repeatable():
+    def chosen(seed):
+        return choose_children(SPACE, 12, np.random.default_rng(seed), num_candidates=500)
+
+    assert chosen(1) == chosen(1)
+    assert chosen(1) != chosen(2)
+
+
+def test_few_children():
+    rng = np.random.default_rng(0)
+    assert choose_children(SPACE, 0, rng) == []
+    assert choose_children(SPACE, 1, rng) == [SPACE.smallest()]
+    assert choose_children(SPACE, 2, rng) == [SPACE.smallest(), SPACE.largest()]
+    assert len(set(choose_children(SPACE, 3, rng))) == 3
+
+
+def test_space_with_fewer_children_than_asked(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "resolution: [16, 24]\nstem: {width: 8}\nhead: {width: 16}\n"
+        "stages: [{width: [8, 16], depth: [1, 2], kernel: 3, expand: 2}]\n"
+    )
+    space = SearchSpace.load(path, in_channels=1, num_classes=10)
+    assert len(set(choose_children(space, 50, np.random.default_rng(0)))) == space.size() == 8
+    assert len(choose_children(space, 5, np.random.default_rng(0))) == 5
