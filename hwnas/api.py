@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from hwnas.store import Store
 if TYPE_CHECKING:
     from hwnas.data import Dataset
     from hwnas.evaluator import Evaluator
+    from hwnas.exporters.base import Artifact
     from hwnas.searcher import Result
 
 Notice = Callable[[str], None]
@@ -213,9 +216,9 @@ def profile(
             fresh.append(arch)
     total = len(chosen) + len(fresh)
     with _device(device, opened) as target, opened.store() as store:
-        bench = _bench(opened, target, store)
-        bench(chosen, "fit", lambda done, _, note="": report(done, total, note))
-        bench(fresh, "holdout", lambda done, _, note="": report(len(chosen) + done, total, note))
+        bench = partial(measure, space=opened.space, device=target, timing=target.timing, store=store)
+        bench(chosen, role="fit", report=lambda done, _, note="": report(done, total, note))
+        bench(fresh, role="holdout", report=lambda done, _, note="": report(len(chosen) + done, total, note))
         return _fit(opened, target, store, kind)
 
 
@@ -224,19 +227,6 @@ def _profile_only(run: str | Path | None, space: str | Path) -> RunConfig:
     if known is not None and known.config.data is not None:
         raise InputError(f"{known.path}: has its space already: leave out --space")
     return RunConfig(hwnas=__version__, space=SearchSpace.load(space))
-
-
-Bench = Callable[..., list[Measurement]]
-
-
-def _bench(run: Run, device: Device, store: Store) -> Bench:
-    """`bench(archs, role, report)`: measurements of children, by the device's protocol."""
-
-    def bench(archs: Sequence[Architecture], role: Role, report: Report = silent) -> list[Measurement]:
-        rng = np.random.default_rng(0)  # of the weights, on which latency does not depend
-        return measure(archs, run.space, device, device.timing, store, role=role, rng=rng, report=report)
-
-    return bench
 
 
 def _device(name: str | Path, run: Run) -> Device:
@@ -257,9 +247,8 @@ def fit(device: str | Path, run: str | Path | None = None, *, kind: str = "auto"
 
 def _fit(run: Run, device: Device, store: Store, kind: str) -> Profile:
     """Finalists of searches count among the children that the predictor is fitted to; held-out ones never do."""
-    known = _known(device, store)
-    good = [m for m in known if m.error is None]
-    train, test = [m for m in good if m.role != "holdout"], [m for m in good if m.role == "holdout"]
+    train = _known(device, store, "fit", "finalist", "export")
+    test = _known(device, store, "holdout")
     if not train:
         raise InputError(
             f"nothing measured on {device.name!r} in {run.path}: run `hwnas profile --device {device.name}`"
@@ -279,17 +268,23 @@ def _fit(run: Run, device: Device, store: Store, kind: str) -> Profile:
         device=device.name,
         predictor=predictor,
         num_children=len(train),
-        num_failed=len(known) - len(good),
-        num_unstable=sum(m.unstable for m in good),
+        num_failed=len(_known(device, store, failed=True)),
+        num_unstable=sum(m.unstable for m in [*train, *test]),
         cross_validation=validated,
         holdout=tested,
     )
 
 
-def _known(device: Device, store: Store) -> list[Measurement]:
-    """The last measurement of each child on the device by its protocol."""
+def _known(device: Device, store: Store, *roles: Role, failed: bool = False) -> list[Measurement]:
+    """The last measurement of each child in some roles, all by the same protocol: the last one used on the device.
+
+    With `failed`, the children that have no times, in place of those that have.
+    """
     found = store.measurements(device=device.name, timing=device.timing)
-    return list({m.arch: m for m in found}.values())
+    found = [m for m in found if m.protocol == found[-1].protocol]
+    good = {m.arch: m for m in found if m.error is None and (failed or m.role in roles)}
+    bad = {m.arch: m for m in found if m.error is not None and m.arch not in good}
+    return list((bad if failed else good).values())
 
 
 def predict(
@@ -359,7 +354,7 @@ def search(
     predictor = opened.predictor(device)
     with opened.store() as store, _device(device, opened) as target:
         evaluator = _evaluator(opened, notice)
-        bench = _bench(opened, target, store)
+        bench = partial(measure, space=opened.space, device=target, timing=target.timing, store=store)
         searcher = Searcher(
             opened.space,
             predictor,
@@ -367,8 +362,8 @@ def search(
             limit_ms=latency_ms,
             confidence=confidence,
             evaluate=lambda arch: evaluator.accuracy(arch, store),
-            measure=lambda archs: bench(archs, "finalist"),
-            measurements=[m for m in _known(target, store) if m.role == "fit"],
+            measure=partial(bench, role="finalist"),
+            measurements=_known(target, store, "fit"),
             storage_url=opened.storage_url,
             seed=seed,
             notice=notice,
@@ -458,38 +453,53 @@ def export(
         name = arch if arch in ("smallest", "biggest") else child_arch.id
     target = Path(output) if output is not None else opened.folder("exports") / f"{name}-{format}"
     evaluator = _evaluator(opened, notice)
-    latency = None
-    if device is not None:
-        with opened.store() as store, _device(device, opened) as bench_device:
+    data, space = evaluator.data, opened.space
+    child = evaluator.child(child_arch)
+    with ExitStack() as stack:
+        bench: Callable[[Path], dict[str, Any]] | None = None
+        if device is not None:
+            bench_device = stack.enter_context(_device(device, opened))
             if bench_device.accepts != format:
                 raise InputError(
                     f"device {device!r} runs {bench_device.accepts} files, but the exporter writes {format}: "
                     f"use --format {bench_device.accepts}"
                 )
-            measured = _bench(opened, bench_device, store)([child_arch], "export")[0]
-            latency = _latency(opened, measured)
-    data = evaluator.data
-    child = evaluator.child(child_arch)
-    test = evaluator.score(child, child_arch, data.test)
-    about = {
-        "architecture": child_arch.to_dict(),
-        "architecture_text": child_arch.describe(),
-        "space": opened.space.name,
-        "preprocessing": {**asdict(data.preprocessing), "resolution": child_arch.resolution, "resize": "bicubic"},
-        "classes": list(data.classes),
-        "accuracy": {"split": "test", "value": test.accuracy, "num_images": test.num_images},
-        "latency": latency,
-        "limit": None if found is None else {"device": found.device, "latency_ms": found.limit_ms},
-        "training": {"data": data.name, "weights": evaluator.supernet.identity()},
-    }
-    images = evaluator.images(data.test, child_arch.resolution, num_parity_images)
-    path, _ = write_bundle(child, writer, images, target, about)
+            store = stack.enter_context(opened.store())
+            bench = partial(_measure_file, opened, child_arch, bench_device, store)
+
+        def about(artifact: Artifact) -> dict[str, Any]:
+            latency = None if bench is None else bench(artifact.path)
+            if found is not None and latency is not None and latency["measured_ms"] > found.limit_ms:
+                notice(
+                    f"the file takes {latency['measured_ms']:.4g} ms, over the search's limit of {found.limit_ms:g} ms"
+                )
+            test = evaluator.score(child, child_arch, data.test)
+            return {
+                "architecture": child_arch.to_dict(),
+                "architecture_text": child_arch.describe(),
+                "space": space.name,
+                "preprocessing": {
+                    **asdict(data.preprocessing),
+                    "resolution": child_arch.resolution,
+                    "resize": "bicubic",
+                },
+                "classes": list(data.classes),
+                "accuracy": {"split": "test", "value": test.accuracy, "num_images": test.num_images},
+                "latency": latency,
+                "limit": None if found is None else {"device": found.device, "latency_ms": found.limit_ms},
+                "training": {"data": data.name, "weights": evaluator.supernet.identity()},
+            }
+
+        images = evaluator.images(data.test, child_arch.resolution, num_parity_images)
+        path, _ = write_bundle(child, writer, images, target, about)
     return path, read_json(path / "manifest.json")
 
 
-def _latency(run: Run, measured: Measurement) -> dict[str, Any] | None:
+def _measure_file(run: Run, arch: Architecture, device: Device, store: Store, file: Path) -> dict[str, Any]:
+    """A child's own file measured on a device, for its manifest."""
+    (measured,) = measure([arch], run.space, device, device.timing, store, role="export", files={arch: file})
     if measured.error is not None:
-        raise DeviceError(f"the child could not be measured on {measured.device}: {measured.error}")
+        raise DeviceError(f"the file could not be measured on {measured.device}: {measured.error}")
     document: dict[str, Any] = {
         "device": measured.device,
         "runtime": measured.runtime,
@@ -501,8 +511,8 @@ def _latency(run: Run, measured: Measurement) -> dict[str, Any] | None:
         "predicted_ms": None,
         "std_ms": None,
     }
-    if run.predictor_path(measured.device).is_file():
-        mean, std = run.predictor(measured.device).predict([measured.arch])
+    if run.predictor_path(device.name).is_file():
+        mean, std = run.predictor(device.name).predict([arch])
         document |= {"predicted_ms": float(mean[0]), "std_ms": float(std[0])}
     return document
 

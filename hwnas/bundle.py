@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -66,7 +66,7 @@ def write_bundle(
     exporter: Exporter,
     images: Tensor,
     target: Path,
-    about: Mapping[str, Any],
+    about: Callable[[Artifact], Mapping[str, Any]],
 ) -> tuple[Path, Parity]:
     """Write the child's file and its manifest into the folder `target`, after running it on real images.
 
@@ -75,7 +75,7 @@ def write_bundle(
         exporter: of the format.
         images: (num_images, in_channels, resolution, resolution), preprocessed.
         target: made, or replaced as a whole if it holds a bundle.
-        about: what else the manifest says.
+        about: what else the manifest says; called once the file has passed.
 
     Raises:
         ExportError: the file's logits differ from the child's; nothing is at `target` that was not there before.
@@ -100,7 +100,7 @@ def write_bundle(
                 f"{parity.max_abs_diff:.3g} (allowed {parity.max_allowed:g}), the top class agrees on "
                 f"{parity.top1_agreement:.1%} of {parity.num_images} images; nothing was written"
             )
-        write_text(work / MANIFEST, json.dumps(_manifest(child, artifact, parity, about), indent=2) + "\n")
+        write_text(work / MANIFEST, json.dumps(_manifest(child, artifact, parity, about(artifact)), indent=2) + "\n")
         work.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ def measure(
     store: Store,
     *,
     role: Role = "fit",
+    files: Mapping[Architecture, Path] | None = None,
     rng: np.random.Generator | None = None,
     folder: Path | None = None,
     report: Report = silent,
@@ -47,7 +48,7 @@ def measure(
 
     A child's network is written with random weights and timed in turns with a reference network of the space, as
     `Timing` says. What cannot be measured is recorded with the reason. A child that has a measurement by the same
-    protocol in the store, in whatever role, is not measured again; one that failed is tried again.
+    protocol in the store, in whatever role, is not measured again; one that failed, or has a file of its own, is.
 
     Args:
         archs: the children.
@@ -56,6 +57,7 @@ def measure(
         timing: the protocol.
         store: for the results.
         role: of the measurements in the store.
+        files: of children whose deployable file is to be measured, in place of one with random weights.
         rng: of the weights.
         folder: where to make a temporary one for the networks' files; by default the system's.
         report: told the number of children done, and the last one's latency.
@@ -70,11 +72,12 @@ def measure(
     wanted = list(dict.fromkeys(archs))
     with tempfile.TemporaryDirectory(prefix="hwnas-", dir=folder) as work:
         bench = _Bench(space, device, timing, store, Path(work), rng or np.random.default_rng(0))
-        known = bench.known()
+        files = files or {}
+        known = {arch: found for arch, found in bench.known().items() if arch not in files}
         failures = 0
         for done, arch in enumerate(wanted, 1):
             if arch not in known:
-                measurement = bench.measure(arch, role)
+                measurement = bench.measure(arch, role, files.get(arch))
                 store.add_measurement(measurement)
                 failures = failures + 1 if measurement.error else 0
                 if failures == MAX_FAILURES:
@@ -116,8 +119,8 @@ class _Bench:
         self._reference_ms = [ms for measurement in found for ms in measurement.reference_ms]
         return {measurement.arch: measurement for measurement in found if failed or measurement.error is None}
 
-    def measure(self, arch: Architecture, role: Role) -> Measurement:
-        """One child, measured or failed.
+    def measure(self, arch: Architecture, role: Role, file: Path | None = None) -> Measurement:
+        """One child, measured or failed; its own `file`, or one with random weights.
 
         Raises:
             DeviceGoneError: the device cannot be used any more.
@@ -127,10 +130,11 @@ class _Bench:
         error = None
         started = written = time.perf_counter()
         try:
-            path = self._write(arch)
+            path = file or self._write(arch)
             written = time.perf_counter()
             rounds, reference_ms = self._rounds(path)
-            path.unlink()
+            if file is None:
+                path.unlink()
         except DeviceGoneError:
             raise
         except (DeviceError, ExportError) as failure:

@@ -150,7 +150,9 @@ class Searcher:
         self.evaluate, self.measure = evaluate, measure
         self.storage_url, self.seed, self.notice = storage_url, seed, notice
         self._measured = {m.arch: m for m in measurements if m.error is None}
-        self.limit = LatencyLimit(device, limit_ms, predictor, self._latencies(), confidence)
+        # Exploring goes by predictions alone: a measured latency changes a little with every further measurement,
+        # and the same search must propose the same children when it goes on after an interruption.
+        self.limit = LatencyLimit(device, limit_ms, predictor, {}, confidence)
 
     def run(self, num_evaluations: int, *, baseline: bool = True, report: Report = silent) -> Result:
         """Search.
@@ -176,6 +178,7 @@ class Searcher:
             rng = np.random.default_rng([self.seed, 1])
             uniform = RandomSearch(self.space, self.limit.feasible, len(found), rng)
             drawn = self.explore(uniform, "random", lambda done, note: report(len(found) + done, total, note))
+        self.limit = replace(self.limit, measured=self._latencies())
         best = self.confirm(found)
         random = self.confirm(drawn) if drawn else None
         return Result(
@@ -212,8 +215,8 @@ class Searcher:
 
     def _study(self, name: str, budget: int) -> optuna.Study:
         # A study belongs to one question: predictor, limit, space and seed decide what may be proposed.
-        ends = self.space.encode([self.space.smallest(), self.space.largest()])
-        question = [self.limit.upper(ends).tolist(), self.limit.ms, self.limit.confidence, self.seed, budget]
+        sample = self.space.sample_genes(64, np.random.default_rng(0))
+        question = [self.limit.upper(sample).tolist(), self.limit.ms, self.limit.confidence, self.seed, budget]
         digest = hashlib.sha256(repr((question, self.space)).encode()).hexdigest()[:8]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         arguments = {"connect_args": {"timeout": 60}} if self.storage_url.startswith("sqlite") else {}
@@ -319,10 +322,9 @@ class Searcher:
         if not (upper <= self.limit.ms).any():
             least = int(np.argmin(upper))
             arch = self.space.decode(pool[least])
-            kind = "measured" if arch in self._measured else f"at {self.limit.confidence:.0%} confidence"
             raise LimitError(
-                f"no child of space {self.space.name!r} keeps {self.limit.describe()}: the least possible is "
-                f"{upper[least]:.4g} ms ({kind}; {arch.describe()})"
+                f"no child of space {self.space.name!r} keeps {self.limit.describe()} with {self.limit.confidence:.0%} "
+                f"confidence: the least possible is {upper[least]:.4g} ms ({arch.describe()})"
             )
         cost = float(self.limit.cost(largest[None])[0])
         if self.limit.feasible(largest[None])[0]:

@@ -22,7 +22,7 @@ _LEAST, _GREATEST = (1e-4, 1e-3, 0.2), (1.0, 1.0, 30.0)
 _MEDIANS, _LOG_STDS = (0.03, 0.03, 2.0), (1.5, 1.5, 1.0)
 # The search takes the cube of so many measurements at most; predictions use all.
 _MAX_SEARCHED = 400
-_CHUNK = 8192
+_CHUNK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +74,14 @@ class GpPredictor(LatencyPredictor):
         inputs = _Inputs(self, from_names(learned["coefficients_ms"]), train)
         _, points = inputs(train)
         covariance = _covariance(found, _distances(points, points), np.array(learned["noise"]))
-        lower = cholesky(covariance, lower=True)
-        alpha = cho_solve((lower, True), np.array(learned["log_errors"]))
+        whiten = solve_triangular(cholesky(covariance, lower=True), np.eye(len(train)), lower=True)
+        alpha = whiten.T @ (whiten @ np.array(learned["log_errors"]))
 
         def predict_chunk(genes: Genes) -> tuple[FloatArray, FloatArray]:  # equations 2.25 and 2.26
             prior_ms, at = inputs(genes)
-            cross, _ = _matern(found, _distances(at, points))
+            cross = _matern(found, _distances(at, points))
             mean_ms = prior_ms * np.exp(cross @ alpha)
-            explained = (solve_triangular(lower, cross.T, lower=True) ** 2).sum(axis=0)
+            explained = ((cross @ whiten.T) ** 2).sum(axis=1)
             variance = np.maximum(found.smooth_std**2 - explained, 0) + found.noise_std**2
             return mean_ms, factor * np.sqrt(variance) * mean_ms
 
@@ -123,17 +123,15 @@ def _distances(a: FloatArray, b: FloatArray) -> FloatArray:
     return np.asarray(np.sqrt(np.maximum(squares, 0)))
 
 
-def _matern(found: Hyperparameters, distances: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The Matern covariance with nu = 5/2, equation 4.17, and its derivative by the logarithm of the length."""
+def _matern(found: Hyperparameters, distances: FloatArray) -> FloatArray:
+    """The Matern covariance with nu = 5/2, equation 4.17."""
     scaled = np.sqrt(5) / found.length * distances
-    decay = found.smooth_std**2 * np.exp(-scaled)
-    return (1 + scaled + scaled**2 / 3) * decay, scaled**2 / 3 * (1 + scaled) * decay
+    return np.asarray(found.smooth_std**2 * (1 + scaled + scaled**2 / 3) * np.exp(-scaled))
 
 
 def _covariance(found: Hyperparameters, distances: FloatArray, noise: FloatArray) -> FloatArray:
     """Of the measurements, (num, num); `noise` is each one's noise variance relative to the usual."""
-    covariance, _ = _matern(found, distances)
-    return covariance + np.diag(found.noise_std**2 * noise)
+    return _matern(found, distances) + np.diag(found.noise_std**2 * noise)
 
 
 def _search(distances: FloatArray, log_errors: FloatArray, noise: FloatArray) -> Hyperparameters:
@@ -142,16 +140,17 @@ def _search(distances: FloatArray, log_errors: FloatArray, noise: FloatArray) ->
 
     def objective(logs: FloatArray) -> tuple[float, FloatArray]:
         at = Hyperparameters(*np.exp(logs))
-        smooth, by_length = _matern(at, distances)
-        own = at.noise_std**2 * noise
+        smooth, own = _matern(at, distances), at.noise_std**2 * noise
+        scaled = np.sqrt(5) / at.length * distances
+        by_log_length = smooth * scaled**2 * (1 + scaled) / (3 + 3 * scaled + scaled**2)
         lower = cholesky(smooth + np.diag(own), lower=True)
         inverse = cho_solve((lower, True), np.eye(len(noise)))
         alpha = inverse @ log_errors
-        value = 0.5 * log_errors @ alpha + np.log(np.diag(lower)).sum()
-        change = inverse - np.outer(alpha, alpha)
-        gradient = [(change * smooth).sum(), np.diag(change) @ own, 0.5 * (change * by_length).sum()]
         off = (logs - medians) / log_stds
-        return float(value + 0.5 * off @ off), np.array(gradient) + off / log_stds
+        value = 0.5 * log_errors @ alpha + np.log(np.diag(lower)).sum() + 0.5 * off @ off
+        change = inverse - np.outer(alpha, alpha)
+        gradient = [(change * smooth).sum(), np.diag(change) @ own, 0.5 * (change * by_log_length).sum()]
+        return float(value), np.array(gradient) + off / log_stds
 
     bounds = list(zip(np.log(_LEAST), np.log(_GREATEST), strict=True))
     found = [minimize(objective, np.log(start), jac=True, method="L-BFGS-B", bounds=bounds) for start in _STARTS]

@@ -15,11 +15,11 @@ from hwnas.predictors.prior import fit_prior, relative_std
 from hwnas.space import Genes
 
 _PARAMETERS = {
-    "objective": "reg:squarederror", "base_score": 0.0, "learning_rate": 0.05, "max_depth": 3,
+    "objective": "reg:squarederror", "base_score": 0.0, "learning_rate": 0.1, "max_depth": 3,
     "min_child_weight": 3, "subsample": 0.8, "nthread": 1, "seed": 0, "verbosity": 0,
 }  # fmt: skip
 # Numbers of trees that cross-validation picks from; none leaves the prior alone.
-_NUM_TREES = (0, 10, 20, 40, 80, 160, 320)
+_NUM_TREES = (0, 5, 10, 20, 40, 80, 160)
 _FOLDS = 5
 
 
