@@ -51,7 +51,7 @@ def section(space: SearchSpace, children: int, holdout: int, repeated: int) -> l
         f"## {space.name}: {children} children fitted ({min(latency):.3f} to {max(latency):.3f} ms), "
         f"{holdout} fresh random ones",
         "",
-        "| predictor | Spearman | mean error | within 5% | within 10% | in 90% interval | cross-validation within 10% |",
+        "| kind | Spearman | mean error | within 5% | within 10% | in 90% interval | cross-validated within 10% |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:

@@ -235,8 +235,9 @@ class LatencyPredictor(ABC):
         predictor = cls(SearchSpace.from_dict(file.space, source=f"{source}: space"))
         predictor._learned, predictor.statistics = file.learned, file.statistics
         try:
-            predictor._predict = predictor._model(file.learned)
-            answers = np.concatenate(predictor.predict([predictor.space.smallest(), predictor.space.largest()]))
+            with np.errstate(all="ignore"):
+                predictor._predict = predictor._model(file.learned)
+                answers = np.concatenate(predictor.predict([predictor.space.smallest(), predictor.space.largest()]))
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
