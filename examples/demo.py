@@ -34,9 +34,12 @@ class Size:
     evaluations: int
 
 
-FULL = Size((), children=60, holdout=40, evaluations=40)
+FULL = Size(("data.augment=false",), children=60, holdout=40, evaluations=40)
 SHORT = Size(
-    ("train.epochs=0.25", "data.validation=1000", "data.calibration=512"), children=20, holdout=5, evaluations=8
+    ("data.augment=false", "train.epochs=0.1", "data.validation=1000", "data.calibration=512"),
+    children=20,
+    holdout=5,
+    evaluations=8,
 )
 
 

@@ -19,6 +19,7 @@ from hwnas.space import Activation, Architecture, Block, Genes, Number, SearchSp
 
 Kind: TypeAlias = Literal["conv", "linear", "avg_pool", "global_pool", "scale", "add"]
 IMAGE = "image"
+BN_EPS = 1e-5  # added to the variance in every batch norm
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hwnas.layers import IMAGE, Layer
+from hwnas.layers import BN_EPS, IMAGE, Layer
 
 _ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[Tensor], Tensor]]] = {
     "relu": (nn.ReLU, F.relu),
@@ -20,7 +21,11 @@ _ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[Tensor], Tensor]]] = {
     "sigmoid": (nn.Sigmoid, torch.sigmoid),
     "h-sigmoid": (nn.Hardsigmoid, F.hardsigmoid),
 }
-BN_EPS = 1e-5
+
+# On a CPU, torch's oneDNN compiles a kernel for every new shape of a convolution and by default remembers 1,024; the
+# children of a supernet have many thousands. A sandwich step of the demo's space took 151 ms with the default and 93 ms
+# with all of them remembered (2 threads, batch 32). Read once, before the first convolution.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100000")
 
 
 def run(layers: Sequence[Layer], call: Callable[..., Tensor], image: Tensor) -> Tensor:

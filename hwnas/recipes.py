@@ -129,7 +129,7 @@ def short() -> TrainConfig:
     The learning rate reaches its floor after two thirds of the run, as BigNAS's does. Small batches and SGD with a
     high rate learn most from so few images.
     """
-    epochs = 1.5
+    epochs = 1.4
     return TrainConfig(
         epochs=epochs,
         batch_size=32,

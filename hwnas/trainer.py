@@ -214,7 +214,8 @@ class Trainer:
         return Checkpoint(self.step, self.config, self.space, self._data_identity(), tensors).save(self.folder)
 
     def _data_identity(self) -> str:
-        return f"{self.data.name}: {len(self.data.train)} images, {self.data.preprocessing}"
+        kind = "augmented" if self.data.train.augment else "plain"
+        return f"{self.data.name}: {len(self.data.train)} {kind} images, {self.data.preprocessing}"
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         if checkpoint.data != self._data_identity():

@@ -770,3 +770,16 @@ def test_the_real_fashion_mnist(tmp_path):
     assert data.test.labels.bincount().tolist() == [1_000] * 10
     assert data.preprocessing.mean == pytest.approx((0.286,), abs=0.005)  # as widely published
     assert data.preprocessing.std == pytest.approx((0.353,), abs=0.005)
+
+
+def test_augmentation_can_be_left_out(tmp_path: Path) -> None:
+    plain = load_dataset("digits", cache=tmp_path, augment=False)
+    augmented = load_dataset("digits", cache=tmp_path)
+    pixels, labels = train_batch(plain.train, 3, 16, 0)
+    others, same = train_batch(augmented.train, 3, 16, 0)
+    assert torch.equal(labels, same)
+    assert not torch.equal(pixels, others)
+    as_evaluated = [
+        p for p in pixels if any(torch.equal(p, image) for image in plain.train.load(torch.arange(len(plain.train))))
+    ]
+    assert len(as_evaluated) == 16

@@ -80,7 +80,7 @@ def train_batch(
     indices = _order(len(split), seed, epoch)[position * batch_size : (position + 1) * batch_size][share]
     generator = _generator(seed, _AUGMENTATION, step)
     draws = torch.rand(batch_size, NUM_DRAWS, dtype=torch.float64, generator=generator)[share]
-    return split.pixels(indices, draws), split.labels[indices]
+    return split.pixels(indices, draws if split.augment else None), split.labels[indices]
 
 
 def train_batches(

@@ -64,11 +64,13 @@ class Split(ABC):
     Attributes:
         labels: (num_images,) int64.
         preprocessing: what its images have gone, and will go, through.
+        augment: whether training batches are augmented; a short training learns more without.
     """
 
     def __init__(self, labels: Tensor, preprocessing: Preprocessing) -> None:
         self.labels = labels
         self.preprocessing = preprocessing
+        self.augment = True
         self._resized: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
 
     def __len__(self) -> int:

@@ -15,12 +15,11 @@ from onnx import TensorProto, helper
 from hwnas.errors import ExportError
 from hwnas.exporters.base import Artifact, Exporter
 from hwnas.files import replacing
-from hwnas.layers import IMAGE, Layer
+from hwnas.layers import BN_EPS, IMAGE, Layer
 
 _Weights: TypeAlias = dict[str, NDArray[Any]]
 
 LOGITS = "logits"
-BN_EPS = 1e-5
 _OPSET, _IR_VERSION = 17, 8  # the oldest pair with all we need: every runtime's converter reads it
 
 # What onnxruntime 1.31's optimiser makes of them on a CPU, and why they are written so (x86-64, AVX-512, 1 thread):
