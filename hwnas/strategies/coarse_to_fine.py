@@ -18,9 +18,11 @@ ROUNDS = 20
 class CoarseToFine(Strategy):
     """First network-wise skeletons, then stage-wise mutations of the best child.
 
-    Coarse: the grid of `SearchSpace.skeletons`, those within the limits, largest share of the limit first and the
-    resolutions in turn, until `coarse_share` of the evaluations is spent. Fine: every choice of the best child so far
-    is replaced with `probability`; where no new feasible child turns up, the probability grows.
+    Coarse: the smallest child, so that the answer is never worse than it; then the grid of `SearchSpace.skeletons`,
+    those within the limits, largest share of the limit first and the resolutions in turn, until `coarse_share` of the
+    evaluations is spent. Fine: every choice of the best child so far is replaced with `probability`; where no new
+    feasible child turns up, the probability grows. The child that is mutated uses at least half of what the costliest
+    one so far uses: the sandwich rule trains the smallest child most, and near it little is better.
 
     Args:
         space, feasible, budget, rng: see `Strategy`.
@@ -41,8 +43,11 @@ class CoarseToFine(Strategy):
         probability: float = 0.1,
     ) -> None:
         super().__init__(space, feasible, budget, rng)
-        self.probability = probability
-        self._skeletons = list(self._feasible_skeletons(size))[: max(1, round(coarse_share * budget))]
+        self.probability, self._size = probability, size
+        skeletons = dict.fromkeys([space.smallest(), *self._feasible_skeletons(size)])
+        fits = feasible(space.encode(skeletons))
+        self._skeletons = [arch for arch, fit in zip(skeletons, fits, strict=True) if fit]
+        self._skeletons = self._skeletons[: max(1, round(coarse_share * budget))]
 
     def _feasible_skeletons(self, size: Callable[[Genes], NDArray[np.float64]]) -> Iterator[Architecture]:
         archs = list(self.space.skeletons())
@@ -63,7 +68,9 @@ class CoarseToFine(Strategy):
                 return arch
         if not history:
             return self._first()
-        parent = max(history, key=lambda scored: scored.accuracy).arch
+        sizes = self._size(self.space.encode([scored.arch for scored in history]))
+        costly = [scored for scored, size in zip(history, sizes, strict=True) if size >= sizes.max() / 2]
+        parent = max(costly, key=lambda scored: scored.accuracy).arch
         return self._mutant(parent, known)
 
     def _mutant(self, parent: Architecture, known: set[Architecture]) -> Architecture | None:
