@@ -67,8 +67,11 @@ def run_all(folder: str, size: Size) -> None:
 
 
 def two_limits(folder: str) -> tuple[str, str]:
-    """A tight and a loose limit for this machine, 60% and 85% of the way from the smallest child's measured latency to
-    the biggest one's. (So short a training teaches these two ends most; below half the way little is better than the smallest child.)"""
+    """A tight and a loose limit for this machine.
+
+    60% and 85% of the way from the smallest child's measured latency to the biggest one's: so short a training teaches
+    these two ends most, and below half the way little is better than the smallest child.
+    """
     small, big = (measured_ms(folder, name) for name in ("smallest", "biggest"))
     return tuple(f"{small + share * (big - small):.2g}" for share in (0.6, 0.85))  # type: ignore[return-value]
 
