@@ -168,7 +168,8 @@ def test_check_names_what_does_not_fit():
     value["stages"].pop()
     with pytest.raises(InputError, match="only 6 stages"):
         space.check(Architecture.from_dict(value))
-    value["stages"] += 2 * value["stages"][-1:]
+    value = space.smallest().to_dict()
+    value["stages"] += value["stages"][-1:]
     with pytest.raises(InputError, match=r"8 stages"):
         space.check(Architecture.from_dict(value))
 

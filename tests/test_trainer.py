@@ -238,7 +238,7 @@ def test_threads_are_chosen_and_remembered(data, tmp_path):
 
 def test_other_configuration_or_space_is_refused(data, tmp_path):
     Trainer(SPACE, data, CONFIG, tmp_path).checkpoint()
-    with pytest.raises(InputError, match=r"another configuration \(lr=0\.01 there, 0\.5 now\)"):
+    with pytest.raises(InputError, match=r"another configuration \(lr=0\.2 there, 0\.5 now\)"):
         Trainer(SPACE, data, replace(CONFIG, lr=0.5), tmp_path)
     with pytest.raises(InputError, match="another space"):
         Trainer(replace(SPACE, resolution=(8,)), data, CONFIG, tmp_path)
