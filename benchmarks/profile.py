@@ -85,7 +85,7 @@ if __name__ == "__main__":
     lines = heading("Latency prediction on this processor, onnxruntime, 1 thread", f"hwnas {__version__}, fp32")
     demo = SearchSpace.load(DEMO, in_channels=1, num_classes=10)
     lines += section(replace(demo, name="demo space (fashion-mnist.yaml)"), children=60, holdout=40, repeated=30)
-    lines += section(SearchSpace.load("bignas"), children=60, holdout=40, repeated=15)
+    lines += section(SearchSpace.load("bignas"), children=30, holdout=15, repeated=5)
     text = "\n".join(lines)
     print(text)
     if output is not None:

@@ -129,7 +129,7 @@ def ends(folder: str, limits: tuple[str, str], size: Size) -> None:
             f"{100 * (accuracy - smallest):+.2f} points over the smallest child"
             f"{'' if better else f' (NOT the {100 * MARGIN:g} it should be)'}"
         )
-        if not kept or (not better and size is FULL):
+        if size is FULL and not (kept and better):
             sys.exit(1)
 
 
