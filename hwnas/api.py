@@ -262,7 +262,6 @@ def _fit(run: Run, device: Device, store: Store, kind: str) -> Profile:
     if test:
         mean, std = predictor.predict([m.arch for m in test])
         tested = prediction_report([m.latency_ms for m in test], mean, std)
-    run.folder("predictors")
     predictor.save(run.predictor_path(device.name))
     return Profile(
         device=device.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -215,9 +216,8 @@ class Searcher:
 
     def _study(self, name: str, budget: int) -> optuna.Study:
         # A study belongs to one question: predictor, limit, space and seed decide what may be proposed.
-        sample = self.space.sample_genes(64, np.random.default_rng(0))
-        question = [self.limit.upper(sample).tolist(), self.limit.ms, self.limit.confidence, self.seed, budget]
-        digest = hashlib.sha256(repr((question, self.space)).encode()).hexdigest()[:8]
+        question = [self.predictor.to_dict(), self.limit.ms, self.limit.confidence, self.seed, budget]
+        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         arguments = {"connect_args": {"timeout": 60}} if self.storage_url.startswith("sqlite") else {}
         return optuna.create_study(
