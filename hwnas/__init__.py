@@ -21,6 +21,7 @@ _MODULES = {
     "LimitError": "hwnas.errors",
     "Measurement": "hwnas.devices.base",
     "Network": "hwnas.network",
+    "Plan": "hwnas.training.plan",
     "Profile": "hwnas.api",
     "Result": "hwnas.searcher",
     "Run": "hwnas.run",
@@ -28,12 +29,13 @@ _MODULES = {
     "Stage": "hwnas.space",
     "Supernet": "hwnas.supernet",
     "Timing": "hwnas.devices.base",
-    "TrainConfig": "hwnas.recipes",
+    "TrainConfig": "hwnas.training.recipes",
     "cost": "hwnas.api",
     "export": "hwnas.api",
     "fit": "hwnas.api",
     "lower": "hwnas.layers",
     "make_predictor": "hwnas.predictors",
+    "plan": "hwnas.api",
     "predict": "hwnas.api",
     "profile": "hwnas.api",
     "search": "hwnas.api",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from hwnas.api import cost as cost
     from hwnas.api import export as export
     from hwnas.api import fit as fit
+    from hwnas.api import plan as plan
     from hwnas.api import predict as predict
     from hwnas.api import profile as profile
     from hwnas.api import search as search
@@ -62,7 +65,6 @@ if TYPE_CHECKING:
     from hwnas.network import Network as Network
     from hwnas.predictors import LatencyPredictor as LatencyPredictor
     from hwnas.predictors import make_predictor as make_predictor
-    from hwnas.recipes import TrainConfig as TrainConfig
     from hwnas.run import Run as Run
     from hwnas.searcher import Candidate as Candidate
     from hwnas.searcher import Result as Result
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from hwnas.space import SearchSpace as SearchSpace
     from hwnas.space import Stage as Stage
     from hwnas.supernet import Supernet as Supernet
+    from hwnas.training.plan import Plan as Plan
+    from hwnas.training.recipes import TrainConfig as TrainConfig
 else:  # hidden from type checkers, which would take it to mean that hwnas has any attribute
 
     def __getattr__(name):

@@ -26,16 +26,19 @@ from hwnas.measure import choose_children, measure
 from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, make_predictor
 from hwnas.predictors import report as prediction_report
 from hwnas.progress import Report, silent
-from hwnas.recipes import RECIPES, TrainConfig
 from hwnas.run import DataConfig, Run, RunConfig
 from hwnas.space import Architecture, SearchSpace
 from hwnas.store import Store
+from hwnas.training.recipes import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from hwnas.data import Dataset
     from hwnas.evaluator import Evaluator
     from hwnas.exporters.base import Artifact
     from hwnas.searcher import Result
+    from hwnas.training.plan import Plan
+    from hwnas.training.processes import Processes
+    from hwnas.training.trainer import Trainer
 
 Notice = Callable[[str], None]
 
@@ -59,12 +62,15 @@ def train(
 ) -> Run:
     """Train a supernet, or go on where an earlier call was interrupted.
 
+    Under `torchrun` every process calls this, and they train together; the run folder is on a disk that all of them
+    see, and only the first one writes there.
+
     Args:
         run: the run folder.
         space: a space's name or file; by default `tiny`. Its channels and classes come from the data.
         data: a data set's name, or a folder of images. Not needed when the run already has it.
-        recipe: one of `hwnas.recipes.RECIPES`.
-        changes: fields to change, such as `{"train.epochs": 1, "space.kernel_per": "stage", "data.size": 32}`.
+        recipe: one of `hwnas.training.recipes.RECIPES`.
+        changes: fields to change, such as `{"train.epochs": 1, "train.biggest.dropout": 0.3, "data.size": 32}`.
         report: told the progress.
         notice: told what a user should know.
 
@@ -75,27 +81,98 @@ def train(
         InputError: bad data, space or configuration, or the run folder holds another run.
     """
     from hwnas.supernet import WEIGHTS
-    from hwnas.trainer import Trainer
+    from hwnas.training.processes import processes
 
-    folder = Run.find(run)
-    if data is None:
-        if folder is None or folder.config.data is None:
-            raise InputError("which images? Name a data set or a folder with --data")
-        config = folder.config
-        if space is not None or changes:
-            raise InputError("this run has its configuration already: leave out the options, or give --data too")
-    else:
-        config = _configure(space or "tiny", data, recipe, changes or {})
-    images = load_data(config, Run.locate(run), notice)
+    config = _training_config(run, space, data, recipe, changes)
+    assert config.train is not None
+    with processes(config.train.device) as team:
+        config, images = _load(config, run, team, notice)
+        if team.first:
+            Run.create(run, config)
+        folder = Run.locate(run)
+        trainer = _trainer(config, images, folder, team, notice)
+        supernet = trainer.run(report)
+        if team.first:
+            about = {"data": images.name, "train": json.dumps(trainer.config.to_dict())}
+            supernet.save(folder / WEIGHTS, about)
+            evaluations = [one.to_dict() for one in trainer.evaluations]
+            write_text(folder / "training.json", json.dumps({"evaluations": evaluations}, indent=2) + "\n")
+        team.wait()
+    return Run(run)
+
+
+def plan(
+    run: str | Path | None = None,
+    *,
+    space: str | Path | None = None,
+    data: str | Path | None = None,
+    recipe: str = "short",
+    changes: dict[str, Any] | None = None,
+    notice: Notice = _quiet,
+) -> tuple[RunConfig, Plan]:
+    """What `train` with the same arguments would do, and what it would cost on this hardware: a few steps are trained.
+
+    Nothing is kept, but for data that had to be downloaded.
+
+    Args:
+        run: see `train`, as for all others.
+        space: a name or file.
+        data: a name or folder.
+        recipe: a name.
+        changes: fields to change.
+        notice: told what a user should know.
+
+    Returns:
+        The whole configuration, and its cost.
+
+    Raises:
+        InputError: bad data, space or configuration.
+    """
+    from hwnas.training.plan import plan as measure_plan
+    from hwnas.training.processes import processes
+
+    config = _training_config(run, space, data, recipe, changes)
+    assert config.train is not None
+    with processes(config.train.device) as team:
+        config, images = _load(config, run, team, notice)
+        return config, measure_plan(_trainer(config, images, None, team, notice))
+
+
+def _training_config(
+    run: str | Path | None,
+    space: str | Path | None,
+    data: str | Path | None,
+    recipe: str,
+    changes: dict[str, Any] | None,
+) -> RunConfig:
     if data is not None:
-        channels = images.preprocessing.channels
-        config = replace(config, space=replace(config.space, in_channels=channels, num_classes=len(images.classes)))
-    opened = Run.create(run, config)
-    assert opened.config.train is not None
-    trainer = Trainer(opened.space, images, opened.config.train, opened.folder("checkpoints"), notice)
-    supernet = trainer.run(report)
-    supernet.save(opened.path / WEIGHTS, {"data": images.name, "train": json.dumps(trainer.config.to_dict())})
-    return opened
+        return _configure(space or "tiny", data, recipe, changes or {})
+    folder = Run.find(run)
+    if folder is None or folder.config.data is None:
+        raise InputError("which images? Name a data set or a folder with --data")
+    if space is not None or changes:
+        raise InputError("this run has its configuration already: leave out the options, or give --data too")
+    return folder.config
+
+
+def _load(config: RunConfig, run: str | Path | None, team: Processes, notice: Notice) -> tuple[RunConfig, Dataset]:
+    """The images, and the configuration with their channels and classes."""
+    told = notice if team.first else _quiet
+    images = team.one_after_the_first(lambda: load_data(config, Run.locate(run), told))
+    channels = images.preprocessing.channels
+    space = replace(config.space, in_channels=channels, num_classes=len(images.classes))
+    return replace(config, space=space), images
+
+
+def _trainer(config: RunConfig, images: Dataset, folder: Path | None, team: Processes, notice: Notice) -> Trainer:
+    from hwnas.training.trainer import Trainer
+
+    assert config.train is not None
+    space = config.space
+    watch = {
+        Path(name).stem: space.check(read_architecture(name, space), any_resolution=True) for name in config.train.watch
+    }
+    return Trainer(space, images, config.train, folder, notice, processes=team, watch=watch)
 
 
 def _configure(space: str | Path, data: str | Path, recipe: str, changes: dict[str, Any]) -> RunConfig:
@@ -106,7 +183,13 @@ def _configure(space: str | Path, data: str | Path, recipe: str, changes: dict[s
         part, _, name = key.partition(".")
         if part not in parts or not name:
             raise InputError(f"{key}: options are named train.<key>, data.<key> or space.<key>")
-        parts[part][name] = value
+        *path, leaf = name.split(".")
+        record = parts[part]
+        for step in path:
+            record = record.setdefault(step, {})
+            if not isinstance(record, dict):
+                raise InputError(f"{key}: {step} is a single value, it has no {leaf!r}")
+        record[leaf] = value
     return RunConfig(
         hwnas=__version__,
         space=SearchSpace.load(space, **parts["space"]),
@@ -247,7 +330,8 @@ def fit(device: str | Path, run: str | Path | None = None, *, kind: str = "auto"
 
 def _fit(run: Run, device: Device, store: Store, kind: str) -> Profile:
     """Finalists of searches count among the children that the predictor is fitted to; held-out ones never do."""
-    train = _known(device, store, "fit", "finalist", "export")
+    found = _known(device, store, "fit", "finalist", "export")
+    train = [m for m in found if m.arch.resolution in run.space.resolution]
     test = _known(device, store, "holdout")
     if not train:
         raise InputError(
@@ -386,7 +470,7 @@ def accuracy(arch: Architecture, run: str | Path | None = None, *, split: str = 
     """
     opened = Run(run)
     with opened.store() as store:
-        return _evaluator(opened).accuracy(opened.space.check(arch), store, split)
+        return _evaluator(opened).accuracy(opened.space.check(arch, any_resolution=True), store, split)
 
 
 def _evaluator(run: Run, notice: Notice = _quiet) -> Evaluator:
@@ -448,7 +532,7 @@ def export(
         name, found = _result(opened, result)
         child_arch, device = found.best.architecture, device or found.device
     else:
-        found, child_arch = None, opened.space.check(read_architecture(arch, opened.space))
+        found, child_arch = None, opened.space.check(read_architecture(arch, opened.space), any_resolution=True)
         name = arch if arch in ("smallest", "biggest") else child_arch.id
     target = Path(output) if output is not None else opened.folder("exports") / f"{name}-{format}"
     evaluator = _evaluator(opened, notice)
@@ -510,7 +594,7 @@ def _measure_file(run: Run, arch: Architecture, device: Device, store: Store, fi
         "predicted_ms": None,
         "std_ms": None,
     }
-    if run.predictor_path(device.name).is_file():
+    if arch.resolution in run.space.resolution and run.predictor_path(device.name).is_file():
         mean, std = run.predictor(device.name).predict([arch])
         document |= {"predicted_ms": float(mean[0]), "std_ms": float(std[0])}
     return document

@@ -44,10 +44,17 @@ def run(layers: Sequence[Layer], call: Callable[..., Tensor], image: Tensor) -> 
     return out
 
 
-def function(layer: Layer, tensors: Mapping[str, Tensor], training: bool, *inputs: Tensor) -> Tensor:
+def function(
+    layer: Layer,
+    tensors: Mapping[str, Tensor],
+    training: bool,
+    *inputs: Tensor,
+    batch_norm: Callable[..., Tensor] = F.batch_norm,
+) -> Tensor:
     """One layer as a function of its tensors; the same operations as the module that `build` gives.
 
-    Batch norm uses the batch's statistics in training, or where `tensors` has no running ones.
+    Batch norm uses the batch's statistics in training, or where `tensors` has no running ones; `batch_norm` has the
+    arguments of torch's.
     """
     x = inputs[0]
     match layer.kind:
@@ -64,7 +71,7 @@ def function(layer: Layer, tensors: Mapping[str, Tensor], training: bool, *input
             )
             if layer.norm:
                 mean = tensors.get(f"{name}.norm.running_mean")
-                x = F.batch_norm(
+                x = batch_norm(
                     x,
                     mean,
                     tensors.get(f"{name}.norm.running_var"),
@@ -180,18 +187,20 @@ def batch_norms(network: nn.Module) -> Iterator[nn.BatchNorm2d]:
 
 
 @torch.no_grad()
-def initialise(layers: Sequence[Layer], tensors: Mapping[str, Tensor], generator: torch.Generator) -> None:
+def initialise(
+    layers: Sequence[Layer], tensors: Mapping[str, Tensor], generator: torch.Generator, *, gamma_zero: bool = True
+) -> None:
     """He initialisation (arXiv 1502.01852, fan-in), in place.
 
-    Gamma is zero in the last batch norm of every branch that is added to a shortcut, one elsewhere: Goyal et al.,
-    arXiv 1706.02677, 5.1, and BigNAS, 3.1: deep children start as shallow ones; without it the learning rate must fall
-    to about 30%.
+    With `gamma_zero`, gamma is zero in the last batch norm of every branch that is added to a shortcut, one elsewhere:
+    Goyal et al., arXiv 1706.02677, 5.1, and BigNAS, 3.1: deep children start as shallow ones; without it the learning
+    rate must fall to about 30%.
     """
     for layer in layers:
         for name in layer.tensors:
             tensor = tensors[name]
             if name.endswith("norm.weight"):
-                tensor.fill_(0 if layer.residual else 1)
+                tensor.fill_(0 if gamma_zero and layer.residual else 1)
             elif name.endswith("bias"):
                 tensor.zero_()
             elif layer.kind == "linear":

@@ -25,10 +25,10 @@ def silent(done: float, total: float, note: str = "") -> None:
 
 
 class Reporter:
-    """Shows the progress of one piece of work on stderr."""
+    """Shows the progress of one piece of work on stderr; nothing if `quiet`."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, *, quiet: bool = False) -> None:
+        self._what, self._quiet = what, quiet
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -36,7 +36,7 @@ class Reporter:
         self._first: float | None = None
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -62,6 +62,8 @@ class Reporter:
             if self._task is None:
                 self._task = self._bar.add_task(self._what, total=total, note=note)
             self._bar.update(self._task, completed=done, total=total, note=note)
+            return
+        if self._quiet:
             return
         now = time.monotonic()
         if self._first is None:

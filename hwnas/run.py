@@ -15,9 +15,9 @@ from hwnas.config import check, read_yaml
 from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.predictors import LatencyPredictor, load_predictor
-from hwnas.recipes import TrainConfig
 from hwnas.space import SearchSpace
 from hwnas.store import Store
+from hwnas.training.recipes import TrainConfig
 
 DEFAULT = "run"
 ENVIRONMENT = "HWNAS_RUN"
@@ -34,7 +34,6 @@ class DataConfig:
         seed: of the split.
         validation, calibration: images taken off the training part; None for a share of it.
         limit: use only so many training images; None for all.
-        augment: whether training images are augmented.
     """
 
     name: str
@@ -43,7 +42,6 @@ class DataConfig:
     validation: int | None = None
     calibration: int | None = None
     limit: int | None = None
-    augment: bool = True
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -65,12 +63,19 @@ class RunConfig:
     train: TrainConfig | None = None
     storage: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and YAML."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
 
 class Run:
     """A run folder.
 
         run.yaml               the space, the data
         checkpoints/           of training
+        training.json          accuracies of the watched children
+        tensorboard/           losses, speed and accuracies while training
         supernet.safetensors   the trained weights
         hwnas.db               measurements, evaluations, Optuna's studies
         predictors/            one JSON file a device
@@ -122,14 +127,15 @@ class Run:
                 known = replace(known, data=config.data, train=config.train)
             for what in ("space", "data", "train"):
                 old, new = getattr(known, what), getattr(config, what)
-                if old != new and not (new is None and what != "space"):
+                differences = [] if new is None and what != "space" else _differences(old, new)
+                if differences:
                     raise InputError(
-                        f"{folder}: holds a run with another {what} ({_difference(old, new)}): "
+                        f"{folder}: holds a run with another {what} ({'; '.join(differences)}): "
                         "name another folder with --run"
                     )
-            config = replace(known, storage=config.storage or known.storage)
+            config = replace(known, train=config.train or known.train, storage=config.storage or known.storage)
         try:
-            write_text(file, yaml.safe_dump(_plain(asdict(config)), sort_keys=False, width=120))
+            write_text(file, yaml.safe_dump(config.to_dict(), sort_keys=False, width=120))
         except OSError as error:
             raise InputError(
                 f"{folder}: cannot be written ({error.strerror}): name another folder with --run"
@@ -185,13 +191,10 @@ class Run:
         return self.path / "results" / f"{name}.json"
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _difference(old: object, new: object) -> str:
+def _differences(old: object, new: object) -> list[str]:
+    if isinstance(old, TrainConfig) and isinstance(new, TrainConfig):
+        return new.differences(old)
     if old is None or new is None:
-        return f"{old} there, {new} now"
+        return [] if old == new else [f"{old} there, {new} now"]
     before, now = asdict(old), asdict(new)  # type: ignore[call-overload]
-    name = next(key for key in before if before[key] != now[key])
-    return f"{name}={before[name]!r} there, {now[name]!r} now"
+    return [f"{key}={before[key]!r} there, {now[key]!r} now" for key in before if before[key] != now[key]]

@@ -454,12 +454,22 @@ class SearchSpace:
 
         return self.walk(pick)
 
-    def check(self, arch: Architecture) -> Architecture:
+    def check(self, arch: Architecture, *, any_resolution: bool = False) -> Architecture:
         """Return `arch` if it belongs to this space.
+
+        Args:
+            arch: the child.
+            any_resolution: also accept resolutions that are not in the space: convolutions take any image, and a
+                trained supernet's children serve resolutions in between, once calibrated there (BigNAS, 4.3).
 
         Raises:
             InputError: the first choice that does not fit, with its value and the allowed ones.
         """
+        if any_resolution:
+            self.check(replace(arch, resolution=self.resolution[0]))
+            if arch.resolution < 1:
+                raise InputError(f"resolution={arch.resolution} is not at least 1 pixel")
+            return arch
         found = self.walk(lambda name, _choices: arch.get(name))
         if len(arch.stages) != len(self.stages):
             raise InputError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from hwnas.space import Architecture, SearchSpace
 from hwnas.weights import digest, load_tensors, save_tensors
 
 WEIGHTS = "supernet.safetensors"  # in a run folder
+
+Before: TypeAlias = Callable[[Layer, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -67,12 +69,13 @@ class Supernet(nn.Module):
     Args:
         space: the search space.
         seed: of the initialisation.
+        gamma_zero: see `hwnas.network.initialise`.
 
     Attributes:
         about: what its file says of its training, as text.
     """
 
-    def __init__(self, space: SearchSpace, *, seed: int = 0) -> None:
+    def __init__(self, space: SearchSpace, *, seed: int = 0, gamma_zero: bool = True) -> None:
         super().__init__()
         self.space = space
         self.about: dict[str, str] = {}
@@ -80,7 +83,8 @@ class Supernet(nn.Module):
         for layer in self.layers:
             for name, shape in layer.tensors.items():
                 self._register(name, nn.Parameter(torch.empty(shape)))
-        initialise(self.layers, dict(self.named_parameters()), torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        initialise(self.layers, dict(self.named_parameters()), generator, gamma_zero=gamma_zero)
         self.lower = lru_cache(maxsize=1024)(partial(lower, space))
 
     def _register(self, name: str, parameter: nn.Parameter) -> None:
@@ -103,7 +107,8 @@ class Supernet(nn.Module):
         arch: Architecture,
         *,
         tensors: Mapping[str, Tensor] | None = None,
-        dropout: float = 0.0,
+        before: Before | None = None,
+        batch_norm: Callable[..., Tensor] = F.batch_norm,
     ) -> Tensor:
         """Logits (n, num_classes) of the child `arch` for images (n, in_channels, resolution, resolution).
 
@@ -112,14 +117,15 @@ class Supernet(nn.Module):
             arch: the child.
             tensors: what to use in place of `corners(arch)`: the same, detached, or with a calibrated child's
                 running statistics, which evaluation mode then uses.
-            dropout: on the classifier's input, in training mode.
+            before: what becomes of a layer's inputs before it is run: dropout, for example.
+            batch_norm: in place of torch's, with the same arguments.
         """
         tensors = self.corners(arch) if tensors is None else tensors
 
         def call(layer: Layer, *inputs: Tensor) -> Tensor:
-            if dropout and layer.kind == "linear":
-                inputs = (F.dropout(inputs[0], dropout, self.training),)
-            return function(layer, tensors, self.training, *inputs)
+            if before is not None:
+                inputs = before(layer, inputs)
+            return function(layer, tensors, self.training, *inputs, batch_norm=batch_norm)
 
         return run(self.lower(arch), call, image)
 

@@ -31,11 +31,8 @@ STANDS_ON = {
     "supernet": ["network", "weights"],
     # training it
     "data": ["errors"],
-    "recipes": ["config"],
-    "optim": ["recipes"],
-    "objectives": ["supernet"],
-    "trainer": ["objectives", "optim", "data", "progress"],
     "calibrate": ["network"],
+    "training": ["supernet", "evaluator", "progress"],
     # measuring and predicting
     "exporters": ["layers", "files"],
     "devices": ["layers"],
@@ -49,9 +46,9 @@ STANDS_ON = {
     "searcher": ["limits", "strategies", "devices", "progress"],
     # what users call
     "bundle": ["exporters", "network"],
-    "run": ["predictors", "store", "recipes"],
+    "run": ["predictors", "store", "training"],
     "testing": ["measure"],
-    "api": ["run", "trainer", "evaluator", "searcher", "measure", "bundle"],
+    "api": ["run", "searcher", "measure", "bundle"],
     "cli": ["api"],
     "__main__": ["cli"],
 }

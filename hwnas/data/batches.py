@@ -54,7 +54,7 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def train_batch(
-    split: Split, step: int, batch_size: int, seed: int, *, rank: int = 0, num_ranks: int = 1
+    split: Split, step: int, batch_size: int, seed: int, *, augment: str = "standard", rank: int = 0, num_ranks: int = 1
 ) -> tuple[Tensor, Tensor]:
     """The batch of a training step, augmented. Everything random is a pure function of (seed, step).
 
@@ -63,6 +63,7 @@ def train_batch(
         step: counted from 0 over the whole training; every `steps_per_epoch` steps begin a new order.
         batch_size: images of all processes together.
         seed: at least 0.
+        augment: whether, and how.
         rank: which process asks. The batches of all ranks, one after the other, are the batch of one process.
         num_ranks: number of processes.
 
@@ -80,11 +81,18 @@ def train_batch(
     indices = _order(len(split), seed, epoch)[position * batch_size : (position + 1) * batch_size][share]
     generator = _generator(seed, _AUGMENTATION, step)
     draws = torch.rand(batch_size, NUM_DRAWS, dtype=torch.float64, generator=generator)[share]
-    return split.pixels(indices, draws if split.augment else None), split.labels[indices]
+    return split.pixels(indices, draws if augment != "none" else None), split.labels[indices]
 
 
 def train_batches(
-    split: Split, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, num_ranks: int = 1
+    split: Split,
+    batch_size: int,
+    seed: int,
+    *,
+    start_step: int = 0,
+    augment: str = "standard",
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The batches of `train_batch` from `start_step` on, endless, prepared ahead in one background thread.
 
@@ -92,7 +100,7 @@ def train_batches(
     """
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        return train_batch(split, step, batch_size, seed, rank=rank, num_ranks=num_ranks)
+        return train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks)
 
     return _ahead(batch, count(start_step))
 

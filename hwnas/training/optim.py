@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwnas.recipes import TrainConfig
+from hwnas.training.recipes import TrainConfig
 
 
 class RMSpropTF(torch.optim.Optimizer):
@@ -72,7 +72,8 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
     others = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, nesterov=nesterov, foreach=True)
     return RMSpropTF(
         groups,
         lr=config.peak_lr,
@@ -80,3 +81,20 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
         momentum=config.momentum,
         eps=config.rmsprop_eps,
     )
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Move the average's parameters towards the network's: average += (1 - decay) (network - average).
+
+    While there are few steps to average over, the decay is at most (1 + step) / (10 + step), as in TensorFlow's
+    ExponentialMovingAverage with `num_updates`.
+
+    Args:
+        average: changed in place; the same module as `network`.
+        network: after its `step`-th update.
+        decay: of the average.
+        step: counted from 1.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)

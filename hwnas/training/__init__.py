@@ -1,0 +1,1 @@
+"""Training a supernet: recipes, which children learn what in a step, the loop, one process or many."""
