@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hwnas.run import RunConfig
     from hwnas.training.plan import Plan
 
-RUN = click.option("--run", metavar="FOLDER", help="Run folder [default: $HWNAS_RUN, or ./run].")
+# Under torchrun, which takes --run for an abbreviation of its own --run-path, the long form is needed.
+RUN = click.option("--run", "--run-folder", "run", metavar="FOLDER", help="Run folder [default: $HWNAS_RUN, or ./run].")
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 DEVICE = click.option("--device", metavar="NAME", required=True, help="A device's name or file: see `hwnas devices`.")
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance.")
@@ -128,7 +129,7 @@ def train(
 ) -> None:
     """Train a supernet, or go on with an interrupted training.
 
-    On several GPUs: torchrun --nproc-per-node 8 -m hwnas train ...
+    On several GPUs: torchrun --nproc-per-node 8 -m hwnas train --run-folder ... (torchrun keeps --run for itself).
     """
     from hwnas import api
     from hwnas.config import read_json

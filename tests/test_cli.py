@@ -207,7 +207,10 @@ def test_profile_before_training(capsys, tmp_path, space_file):
         (["train", "--data", "digits", "-o", "train.speed=1"], "speed: is not a known key"),
         (["train", "--data", "digits", "-o", "lr=1"], "options are named"),
         (["train", "--data", "digits", "-o", "train.lr"], "write key=value"),
-        (["train", "--data", "digits", "--recipe", "cake"], "recipe 'cake' is not one of bignas, short"),
+        (
+            ["train", "--data", "digits", "--recipe", "cake"],
+            "recipe 'cake' is not one of bignas, sgd_cosine, alphanet, short",
+        ),
         (["train", "--data", "digits", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["profile", "--device", "cpu"], "no run at .*: start one with"),
         (["search", "--device", "cpu", "--latency-ms", "1"], "no run at"),

@@ -108,7 +108,12 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if count == 1:
         yield Processes(device=here)
         return
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=here if cuda else None)
+    # After a restart, torch 2.14's elastic agent may serve the store of the attempt before: a process would then be
+    # told a dead one's address, and wait for it. So each attempt has its own part of the store.
+    found, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, device_id=here if cuda else None)
     try:
         yield Processes(rank, count, local_rank, local_count, here)
     finally:

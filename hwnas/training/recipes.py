@@ -55,7 +55,7 @@ class TrainConfig:
         warmup_epochs: over which the learning rate rises linearly from 0.
         schedule: `exponential`, or `cosine` from the peak to `final_lr` at the end.
         decay_rate: factor of the exponential schedule, applied at once every `decay_epochs`.
-        decay_epochs: see `decay_rate`.
+        decay_epochs: see `decay_rate`; None for a 150th of `epochs`, as BigNAS's 2.4 of 360.
         final_lr: floor of the learning rate, as a share of the peak: BigNAS's constant ending.
         optimizer: `rmsprop` in TensorFlow's form (eps inside the root), or `sgd` with Nesterov momentum.
         momentum: of either.
@@ -108,7 +108,7 @@ class TrainConfig:
     warmup_epochs: float
     schedule: Literal["exponential", "cosine"] = "exponential"
     decay_rate: float = 0.97
-    decay_epochs: float = 2.4
+    decay_epochs: float | None = None
     final_lr: float = 0.05
     optimizer: Literal["rmsprop", "sgd"] = "rmsprop"
     momentum: float = 0.9
@@ -153,8 +153,8 @@ class TrainConfig:
                 value = getattr(self, name)
                 _require(self, rule, value is None or holds(value), name)
 
-        each("must be over 0", lambda v: v > 0, "epochs", "lr", "decay_epochs", "rmsprop_eps", "alpha_clip")
-        each("must be over 0, or null", lambda v: v > 0, "threads", "clip_norm", "clip_value")
+        each("must be over 0", lambda v: v > 0, "epochs", "lr", "rmsprop_eps", "alpha_clip")
+        each("must be over 0, or null", lambda v: v > 0, "decay_epochs", "threads", "clip_norm", "clip_value")
         each("must be at least 1", lambda v: v >= 1, "batch_size", "lr_batch_size", "num_candidates")
         each("must be at least 1", lambda v: v >= 1, "keep_checkpoints", "watch_images")
         each("must be at least 0", lambda v: v >= 0, "warmup_epochs", "weight_decay", "seed", "mixup", "cutmix")
@@ -183,7 +183,7 @@ class TrainConfig:
         if self.schedule == "cosine":
             share = min(1.0, (epoch - self.warmup_epochs) / max(1e-9, self.epochs - self.warmup_epochs))
             return self.peak_lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * share)) / 2)
-        decayed: float = self.decay_rate ** (epoch // self.decay_epochs)
+        decayed: float = self.decay_rate ** (epoch // (self.decay_epochs or self.epochs / 150))
         return self.peak_lr * max(decayed, self.final_lr)
 
     def differences(self, other: TrainConfig) -> list[str]:
@@ -221,8 +221,6 @@ def bignas() -> TrainConfig:
         lr=0.256,
         lr_batch_size=4096,
         warmup_epochs=5,
-        decay_rate=0.97,
-        decay_epochs=2.4,
         augment="autoaugment",
     )
 
@@ -256,18 +254,15 @@ def alphanet() -> TrainConfig:
 def short() -> TrainConfig:
     """BigNAS's schedule squeezed into a few epochs on small images: minutes on a desktop processor.
 
-    The learning rate reaches its floor after two thirds of the run, as BigNAS's does. Small batches and SGD with a
+    Small batches and SGD with a
     high rate learn most from so few images; augmentation costs more than it gives in an epoch or two.
     """
-    epochs = 1.4
     return TrainConfig(
-        epochs=epochs,
+        epochs=1.4,
         batch_size=32,
         lr=0.2,
         lr_batch_size=32,
         warmup_epochs=0.05,
-        decay_rate=0.97,
-        decay_epochs=0.66 * epochs / 98.4,  # 0.97 ** 98.4 is the floor of 5%
         optimizer="sgd",
         biggest=Regularisation(dropout=0.1),
         augment="none",
