@@ -4,7 +4,7 @@ For five children across the range: cut from the supernet, against the same chil
 same recipe, data and number of epochs, over several seeds; and each ingredient of BigNAS left out in turn. Every
 training keeps its checkpoints in --folder, so the benchmark goes on where it was interrupted.
 
-    python benchmarks/bignas_claim.py --folder /tmp/claim --epochs 2 --seeds 3
+    python benchmarks/bignas_claim.py --folder /tmp/claim --epochs 2 --seeds 3 --workers 2
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -112,16 +114,15 @@ def run(job: Job, data: Dataset, folder: Path) -> dict[str, float]:
         name: evaluator.score(evaluator.child(arch), arch, data.test).accuracy for name, arch in job.children.items()
     }
     if job.name.startswith(FULL):
-        found |= {
-            f"{name} uncalibrated": carried_over(evaluator, supernet, arch) for name, arch in job.children.items()
-        }
+        for name, arch in job.children.items():
+            found[f"{name} uncalibrated"] = carried_over(evaluator, supernet, arch)
     found["seconds"] = time.monotonic() - started
     write_text(result, json.dumps(found))
     return found
 
 
 def carried_over(evaluator: Evaluator, supernet: Supernet, arch: Architecture) -> float:
-    """The test accuracy of a child that is not calibrated, but takes over its part of the biggest child's statistics."""
+    """The test accuracy of a child that is not calibrated, but takes its part of the biggest child's statistics."""
     biggest = evaluator.child(supernet.space.largest())
     statistics_of = {name: buffer for name, buffer in biggest.named_buffers() if "running" in name}
     child = supernet.child(arch).eval()
@@ -137,7 +138,8 @@ def report(space: SearchSpace, found: dict[str, dict[str, float]], seeds: int, c
     """The tables, in Markdown."""
     children = {name: at(space, position) for name, position in POSITIONS.items()}
     lines = [
-        f"{config.epochs:g} epochs of the `short` recipe; test accuracy in %, mean ± standard deviation of {seeds} seeds.",
+        f"{config.epochs:g} epochs of the `short` recipe; test accuracy in %, mean ± standard deviation "
+        f"of {seeds} seeds.",
         "",
         "| child | MMACs | from the supernet | alone, from scratch | difference |",
         "|---|---|---|---|---|",
@@ -207,19 +209,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for trainings; reused")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only-report", action="store_true", help="of what has been trained")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread, each training its share")
+    parser.add_argument("--shard", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
+    if arguments.shard is None and arguments.workers > 1:
+        command = [sys.executable, *sys.argv, "--shard"]
+        shards = [subprocess.Popen([*command, str(shard)]) for shard in range(arguments.workers)]
+        if any([shard.wait() for shard in shards]):
+            sys.exit("a training failed: the same command goes on")
     data = load_dataset("fashion-mnist", cache=arguments.folder / "cache", notice=print)
     space = SearchSpace.load(ROOT / "examples" / "fashion-mnist.yaml", in_channels=1, num_classes=10)
-    config = replace(
-        short(), epochs=arguments.epochs, threads=arguments.threads, evaluate_every=0.0, checkpoint_every_s=60.0
-    )
+    config = replace(short(), epochs=arguments.epochs, threads=1, evaluate_every=0.0, checkpoint_every_s=60.0)
     found = {}
-    for job in jobs(space, config, arguments.seeds):
+    for number, job in enumerate(jobs(space, config, arguments.seeds)):
+        if arguments.shard not in (None, number % arguments.workers):
+            continue
         found[job.name] = run(job, data, arguments.folder)
         print(job.name, {name: round(value, 4) for name, value in found[job.name].items()}, flush=True)
+    if arguments.shard is not None:
+        return
     tables = report(space, found, arguments.seeds, config)
     trained_s = sum(result["seconds"] for result in found.values())
     how = f"all 60,000 images: {len(data.train)} to train on; {len(found)} trainings took {trained_s / 60:.0f} minutes"
