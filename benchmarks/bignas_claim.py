@@ -216,7 +216,7 @@ def main() -> None:
     if arguments.shard is None and arguments.workers > 1:
         command = [sys.executable, *sys.argv, "--shard"]
         shards = [subprocess.Popen([*command, str(shard)]) for shard in range(arguments.workers)]
-        if any([shard.wait() for shard in shards]):
+        if any(code != 0 for code in [shard.wait() for shard in shards]):
             sys.exit("a training failed: the same command goes on")
     data = load_dataset("fashion-mnist", cache=arguments.folder / "cache", notice=print)
     space = SearchSpace.load(ROOT / "examples" / "fashion-mnist.yaml", in_channels=1, num_classes=10)
