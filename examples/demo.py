@@ -34,9 +34,9 @@ class Size:
     evaluations: int
 
 
-FULL = Size(("data.augment=false",), children=60, holdout=40, evaluations=60)
+FULL = Size(("train.augment=none",), children=60, holdout=40, evaluations=60)
 SHORT = Size(
-    ("data.augment=false", "train.epochs=0.1", "data.validation=1000", "data.calibration=512"),
+    ("train.augment=none", "train.epochs=0.1", "data.validation=1000", "data.calibration=512"),
     children=20,
     holdout=5,
     evaluations=8,

@@ -35,6 +35,7 @@ class TrainConfig:
         label_smoothing: of the biggest child's labels; the others see its soft labels only.
         num_random: random children a step, beside the biggest and the smallest (the sandwich rule).
         loss_reduction: `sum` (BigNAS) or `mean` of the children's gradients.
+        augment: what is done to training images: `none`, `standard` (crop and flip), or that and a policy.
         seed: of initialisation, order of the images, augmentation, children and dropout.
         threads: of torch; None measures at the start which number is fastest here.
     """
@@ -57,6 +58,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     num_random: int = 2
     loss_reduction: Literal["sum", "mean"] = "sum"
+    augment: Literal["none", "standard", "autoaugment", "randaugment"] = "standard"
     seed: int = 0
     threads: int | None = None
 

@@ -34,7 +34,6 @@ class DataConfig:
         seed: of the split.
         validation, calibration: images taken off the training part; None for a share of it.
         limit: use only so many training images; None for all.
-        augment: whether training images are augmented.
     """
 
     name: str
@@ -43,7 +42,6 @@ class DataConfig:
     validation: int | None = None
     calibration: int | None = None
     limit: int | None = None
-    augment: bool = True
 
 
 @with_config(ConfigDict(extra="forbid"))

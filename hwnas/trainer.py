@@ -146,7 +146,10 @@ class Trainer:
         config, first = self.config, self.step
         started = saved = time.monotonic()
         losses: tuple[float, ...] = ()
-        with closing(train_batches(self.data.train, config.batch_size, config.seed, start_step=first)) as batches:
+        stream = train_batches(
+            self.data.train, config.batch_size, config.seed, augment=config.augment, start_step=first
+        )
+        with closing(stream) as batches:
             while self.step < self.num_steps:
                 losses = _smooth(losses, self.train_step(*next(batches)))
                 now = time.monotonic()
@@ -214,8 +217,7 @@ class Trainer:
         return Checkpoint(self.step, self.config, self.space, self._data_identity(), tensors).save(self.folder)
 
     def _data_identity(self) -> str:
-        kind = "augmented" if self.data.train.augment else "plain"
-        return f"{self.data.name}: {len(self.data.train)} {kind} images, {self.data.preprocessing}"
+        return f"{self.data.name}: {len(self.data.train)} images, {self.data.preprocessing}"
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         if checkpoint.data != self._data_identity():
@@ -260,7 +262,9 @@ class Trainer:
         """
         threads = self.config.threads
         if threads is None:
-            batch = train_batch(self.data.train, self.step, self.config.batch_size, self.config.seed)
+            batch = train_batch(
+                self.data.train, self.step, self.config.batch_size, self.config.seed, augment=self.config.augment
+            )
             best = float("inf")
             available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             for number in sorted({1, max(1, available // 2), available}):

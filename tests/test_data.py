@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torchvision import transforms
+from torchvision.transforms import autoaugment
 
 from hwnas.data import (
+    AUGMENTATIONS,
     Preprocessing,
     TensorSplit,
+    augment,
     batches,
     fashion_mnist,
     folder,
@@ -34,6 +37,7 @@ from hwnas.data.fashion_mnist import Road, open_fashion_mnist, read_idx
 from hwnas.data.load import cut
 from hwnas.data.splits import NUM_DRAWS
 from hwnas.errors import InputError
+from hwnas.recipes import TrainConfig, short
 
 GREY = Preprocessing(size=8, channels=1, mean=(0.0,), std=(1.0,))
 PARTS = ("train", "calibration", "validation", "test")
@@ -358,6 +362,130 @@ def test_pad_crop_and_flip_against_plain_loops(flip):
         assert np.array_equal(result, expected[:, :, ::-1] if flip and mirror < 0.5 else expected)
         seen |= {("row", row), ("column", column)}
     assert len(seen) == 10  # every offset occurs
+
+
+# -- augmentation policies --------------------------------------------------------------------------------------
+
+OPERATIONS = augment.SIGNED | augment.UNSIGNED
+WITHOUT_MAGNITUDE = ("autocontrast", "equalize", "invert")
+TORCHVISIONS_NAMES = {name: "".join(word.capitalize() for word in name.split("_")) for name in OPERATIONS}
+TORCHVISIONS_NAMES["autocontrast"] = "AutoContrast"
+
+
+def torchvisions(image, name: str, magnitude: float):
+    """An operation as torchvision does it, with a magnitude from -1 to 1."""
+    space = autoaugment.AutoAugment()._augmentation_space(10, image.shape[1:] if torch.is_tensor(image) else image.size)
+    name = TORCHVISIONS_NAMES[name]
+    level = 0.0
+    if name != "Identity" and space[name][0].ndim:
+        level = float(space[name][0][round(abs(magnitude) * 9)]) * (-1 if magnitude < 0 else 1)
+    bands = 3 if torch.is_tensor(image) else len(image.getbands())
+    return autoaugment._apply_op(image, name, level, transforms.InterpolationMode.NEAREST, fill=[augment.GREY] * bands)
+
+
+@pytest.mark.parametrize("magnitude", [-1, -5 / 9, 0, 2 / 9, 7 / 9, 1])
+@pytest.mark.parametrize("name", [*OPERATIONS])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_operations_are_torchvisions(name, magnitude, mode):
+    if name in augment.UNSIGNED:
+        magnitude = abs(magnitude)
+    image = photo().convert(mode).crop((100, 50, 324, 274)).point([20 + value * 7 // 8 for value in range(256)] * len(mode))
+    got = np.array(OPERATIONS[name](image, magnitude))
+    assert np.array_equal(got, np.array(torchvisions(image, name, magnitude)))
+    changes = name in WITHOUT_MAGNITUDE or (magnitude != 0 and name != "identity" and (mode, name) != ("L", "color"))
+    assert (got != np.array(image)).any() == changes
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS])
+def test_operations_agree_with_torchvisions_on_tensors(name):
+    """Which are written without Pillow: equal but for rounding, and for the nearest neighbour of a few pixels."""
+    image = photo().crop((100, 50, 324, 274))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    got = torch.from_numpy(np.array(OPERATIONS[name](image, 7 / 9))).permute(2, 0, 1)
+    difference = (got.int() - torchvisions(pixels, name, 7 / 9).int()).abs()
+    assert (difference > 1).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(("policy", "name"), [(augment.IMAGENET, "IMAGENET"), (augment.CIFAR10, "CIFAR10")])
+def test_policies_are_the_published_ones(policy, name):
+    table = autoaugment.AutoAugment()._get_policies(autoaugment.AutoAugmentPolicy[name])
+    expected = [tuple((op, chance, (level or 0) / 9) for op, chance, level in pair) for pair in table]
+    assert [tuple((TORCHVISIONS_NAMES[op], *rest) for op, *rest in pair) for pair in policy] == expected
+
+
+def test_randaugment_has_the_operations_of_its_paper():
+    ours = {TORCHVISIONS_NAMES[name] for name in augment.RANDAUGMENT}
+    assert ours == set(autoaugment.RandAugment()._augmentation_space(31, (224, 224)))
+    assert len(augment.RANDAUGMENT) == 14
+
+
+@pytest.mark.parametrize("photos", [True, False])
+def test_autoaugment_is_torchvisions_for_the_same_chances(photos, monkeypatch):
+    name = autoaugment.AutoAugmentPolicy.IMAGENET if photos else autoaugment.AutoAugmentPolicy.CIFAR10
+    reference = autoaugment.AutoAugment(name, fill=[augment.GREY] * 3)
+    image = photo().crop((100, 50, 164, 114))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    draws = torch.rand(100, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = augment.apply_policy(pixels.expand(100, -1, -1, -1), "autoaugment", draws, photos=photos)
+    for row, result in zip(draws, got, strict=True):
+        chances = (int(row[0] * 25), row[1:3], (row[3:] >= 0.5).int())
+        monkeypatch.setattr(reference, "get_params", lambda _, chances=chances: chances)
+        difference = np.abs(result.permute(1, 2, 0).numpy().astype(int) - np.array(reference(image)))
+        assert difference.mean() < 0.5  # its magnitudes are rounded to float32
+    assert len({tuple(result.flatten().tolist()) for result in got}) > 30
+
+
+def test_randaugment_does_two_operations_of_magnitude_9_of_30():
+    """Checked where the magnitude shows in a pixel: white solarized, brightened, shifted."""
+    draws = torch.rand(300, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [tuple(augment._randaugment(row, ())) for row in draws]
+    assert all(len(operations) == 2 for operations in chosen)
+    assert {name for operations in chosen for name, _ in operations} == set(augment.RANDAUGMENT)
+    assert {abs(magnitude) for operations in chosen for _, magnitude in operations} == {0.3}
+    negative = {name for operations in chosen for name, magnitude in operations if magnitude < 0}
+    assert negative == set(augment.SIGNED)
+    grey = Image.new("RGB", (331, 4), (100, 100, 100))
+    assert augment.SIGNED["brightness"](grey, 0.3).getpixel((0, 0)) == (127, 127, 127)
+    assert augment.SIGNED["translate_x"](grey, 0.3).getpixel((44, 0)) == (128, 128, 128)
+    assert augment.SIGNED["translate_x"](grey, 0.3).getpixel((45, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("policy", ["autoaugment", "randaugment"])
+def test_policies_are_functions_of_seed_and_step_in_any_shares(policy, tmp_path):
+    split = digits(tmp_path, size=16).train
+    images, labels = train_batch(split, 9, 12, seed=1, augment=policy)
+    standard, same = train_batch(split, 9, 12, seed=1)
+    assert torch.equal(labels, same)
+    assert not torch.equal(images, standard)
+    shares = [train_batch(split, 9, 12, seed=1, augment=policy, rank=rank, num_ranks=3)[0] for rank in range(3)]
+    assert torch.equal(torch.cat(shares), images)
+    torch.manual_seed(5)
+    assert torch.equal(train_batch(split, 9, 12, seed=1, augment=policy)[0], images)
+    assert not torch.equal(train_batch(split, 10, 12, seed=1, augment=policy)[0], images)
+    with contextlib.closing(train_batches(split, 12, seed=1, augment=policy, start_step=9)) as stream:
+        assert torch.equal(next(stream)[0], images)
+
+
+def test_without_augmentation_images_are_as_evaluated(tmp_path):
+    train = digits(tmp_path).train
+    images, labels = train_batch(train, 3, 16, 0, augment="none")
+    others, same = train_batch(train, 3, 16, 0)
+    assert torch.equal(labels, same)
+    assert not torch.equal(images, others)
+    evaluated = {tuple(image.flatten().tolist()) for image in train.load(torch.arange(len(train)))}
+    assert all(tuple(image.flatten().tolist()) in evaluated for image in images)
+
+
+def test_unknown_augmentation():
+    with pytest.raises(InputError, match="augment='cutout' is not one of none, standard, autoaugment, randaugment"):
+        train_batch(numbered(20), 0, 4, 0, augment="cutout")
+
+
+def test_a_recipe_can_name_every_augmentation():
+    recipe = short().to_dict()
+    assert [TrainConfig.from_dict(recipe | {"augment": name}).augment for name in AUGMENTATIONS] == [*AUGMENTATIONS]
+    with pytest.raises(InputError, match="augment"):
+        TrainConfig.from_dict(recipe | {"augment": "cutout"})
 
 
 # -- folders ----------------------------------------------------------------------------------------------------
@@ -770,16 +898,3 @@ def test_the_real_fashion_mnist(tmp_path):
     assert data.test.labels.bincount().tolist() == [1_000] * 10
     assert data.preprocessing.mean == pytest.approx((0.286,), abs=0.005)  # as widely published
     assert data.preprocessing.std == pytest.approx((0.353,), abs=0.005)
-
-
-def test_augmentation_can_be_left_out(tmp_path: Path) -> None:
-    plain = load_dataset("digits", cache=tmp_path, augment=False)
-    augmented = load_dataset("digits", cache=tmp_path)
-    pixels, labels = train_batch(plain.train, 3, 16, 0)
-    others, same = train_batch(augmented.train, 3, 16, 0)
-    assert torch.equal(labels, same)
-    assert not torch.equal(pixels, others)
-    as_evaluated = [
-        p for p in pixels if any(torch.equal(p, image) for image in plain.train.load(torch.arange(len(plain.train))))
-    ]
-    assert len(as_evaluated) == 16

@@ -1,10 +1,13 @@
 """Labelled images, from a folder or a named data set, as honest splits and reproducible batches."""
 
+from hwnas.data.augment import AUGMENTATIONS, Augmentation
 from hwnas.data.batches import batches, steps_per_epoch, train_batch, train_batches
 from hwnas.data.load import load_dataset
 from hwnas.data.splits import Dataset, Preprocessing, Split, TensorSplit, resize
 
 __all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
     "Dataset",
     "Preprocessing",
     "Split",

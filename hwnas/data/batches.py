@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwnas.data.splits import NUM_DRAWS, Split, resize
+from hwnas.data.augment import NUM_POLICY_DRAWS, Augmentation, apply_policy, check_augmentation
+from hwnas.data.splits import NUM_DRAWS, PHOTO_SIZE, Split, resize
 from hwnas.errors import InputError
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 # Kinds of random numbers, so that the same seed and number give unrelated ones.
-_ORDER, _AUGMENTATION = range(2)
+_ORDER, _AUGMENTATION, _POLICY = range(3)
 
 
 def batches(
@@ -54,7 +55,14 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def train_batch(
-    split: Split, step: int, batch_size: int, seed: int, *, rank: int = 0, num_ranks: int = 1
+    split: Split,
+    step: int,
+    batch_size: int,
+    seed: int,
+    *,
+    augment: Augmentation = "standard",
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The batch of a training step, augmented. Everything random is a pure function of (seed, step).
 
@@ -63,6 +71,8 @@ def train_batch(
         step: counted from 0 over the whole training; every `steps_per_epoch` steps begin a new order.
         batch_size: images of all processes together.
         seed: at least 0.
+        augment: "none": as evaluated. "standard": a random crop and flip, see the kinds of `Split`.
+            "autoaugment", "randaugment": that, and then the policy of `hwnas.data.augment`.
         rank: which process asks. The batches of all ranks, one after the other, are the batch of one process.
         num_ranks: number of processes.
 
@@ -70,21 +80,23 @@ def train_batch(
         Images (n, channels, size, size) uint8 and labels (n,) int64, with n = batch_size / num_ranks.
 
     Raises:
-        InputError: the batch is larger than the split or does not divide among the processes, or an image
-            cannot be read.
+        InputError: the batch is larger than the split or does not divide among the processes, there is no such
+            augmentation, or an image cannot be read.
     """
-    if batch_size % num_ranks:
-        raise InputError(f"batch size {batch_size} does not divide among {num_ranks} processes: use a multiple")
-    epoch, position = divmod(step, steps_per_epoch(split, batch_size))
-    share = slice(rank * batch_size // num_ranks, (rank + 1) * batch_size // num_ranks)
-    indices = _order(len(split), seed, epoch)[position * batch_size : (position + 1) * batch_size][share]
-    generator = _generator(seed, _AUGMENTATION, step)
-    draws = torch.rand(batch_size, NUM_DRAWS, dtype=torch.float64, generator=generator)[share]
-    return split.pixels(indices, draws if split.augment else None), split.labels[indices]
+    check_augmentation(augment)
+    start, stop = _share(batch_size, rank, num_ranks)
+    return _part_of_batch(split, step, batch_size, seed, augment, start, stop)
 
 
 def train_batches(
-    split: Split, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, num_ranks: int = 1
+    split: Split,
+    batch_size: int,
+    seed: int,
+    *,
+    augment: Augmentation = "standard",
+    start_step: int = 0,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The batches of `train_batch` from `start_step` on, endless, prepared ahead in one background thread.
 
@@ -92,9 +104,33 @@ def train_batches(
     """
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        return train_batch(split, step, batch_size, seed, rank=rank, num_ranks=num_ranks)
+        return train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks)
 
     return _ahead(batch, count(start_step))
+
+
+def _share(batch_size: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """First image and end of a process's part of each batch."""
+    if batch_size % num_ranks:
+        raise InputError(f"batch size {batch_size} does not divide among {num_ranks} processes: use a multiple")
+    return rank * batch_size // num_ranks, (rank + 1) * batch_size // num_ranks
+
+
+def _part_of_batch(
+    split: Split, step: int, batch_size: int, seed: int, augment: Augmentation, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Images and labels `start` to `stop` of the batch of a step."""
+    epoch, position = divmod(step, steps_per_epoch(split, batch_size))
+    indices = _order(len(split), seed, epoch)[position * batch_size :][start:stop]
+
+    def draws(kind: int, number: int) -> Tensor:
+        """(stop - start, number) in [0, 1), drawn for the whole batch so that they are the same in any part of it."""
+        generator = _generator(seed, kind, step)
+        return torch.rand(batch_size, number, dtype=torch.float64, generator=generator)[start:stop]
+
+    images = split.pixels(indices, None if augment == "none" else draws(_AUGMENTATION, NUM_DRAWS))
+    photos = split.preprocessing.size >= PHOTO_SIZE
+    return apply_policy(images, augment, draws(_POLICY, NUM_POLICY_DRAWS), photos=photos), split.labels[indices]
 
 
 def _ahead(make: Callable[[T], U], arguments: Iterable[T], num_ahead: int = 2) -> Generator[U, None, None]:

@@ -21,6 +21,7 @@ from hwnas.data.splits import (
     AREA,
     FLIP,
     LEFT,
+    PHOTO_SIZE,
     RATIO,
     TOP,
     Preprocessing,
@@ -33,7 +34,6 @@ from hwnas.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
-PHOTO_SIZE = 96  # from this size on images are photos: the centre is evaluated, random parts are trained on
 DEFAULT_SIZE = 224
 SHORTER_SIDE = 256 / 224  # of the image to the side of its centre crop: He et al. 2016, section 3.4
 LEAST_AREA = 0.25  # share of the photo that a random crop shows at least

@@ -42,7 +42,6 @@ def load_dataset(
     calibration: int | None = None,
     download: bool = True,
     limit: int | None = None,
-    augment: bool = True,
     notice: Callable[[str], None] = _log.warning,
 ) -> Dataset:
     """Load a data set and cut it into train, calibration, validation and test.
@@ -62,7 +61,6 @@ def load_dataset(
         calibration: number of images, by default a twentieth, at most 2,048.
         download: whether the network may be used.
         limit: most training images, for quick tests; the other parts are not affected.
-        augment: whether training images are augmented; a training of an epoch or two learns more without.
         notice: is told, a line at a time, what the user should know.
 
     Raises:
@@ -93,7 +91,6 @@ def load_dataset(
         most = min(MOST_VALIDATION, len(source.validation)) if validation is None else validation
         indices = cut(source.validation.labels, {"validation": most}, source.classes, seed, keep=0)[0]
         splits["validation"] = source.validation.subset(indices, preprocessing)
-    splits["train"].augment = augment
     return Dataset(source.name, source.classes, preprocessing, **splits)
 
 

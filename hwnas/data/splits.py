@@ -17,6 +17,8 @@ from hwnas.errors import InputError
 NUM_DRAWS = 5
 TOP, LEFT, FLIP, AREA, RATIO = range(NUM_DRAWS)
 
+PHOTO_SIZE = 96  # from this size on images are photos: the centre is evaluated, random parts are trained on
+
 RESIZED_BYTES = 256 * 2**20  # what a split keeps of its images as float32, at all resolutions together
 
 
@@ -64,13 +66,11 @@ class Split(ABC):
     Attributes:
         labels: (num_images,) int64.
         preprocessing: what its images have gone, and will go, through.
-        augment: whether training batches are augmented; a short training learns more without.
     """
 
     def __init__(self, labels: Tensor, preprocessing: Preprocessing) -> None:
         self.labels = labels
         self.preprocessing = preprocessing
-        self.augment = True
         self._resized: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
 
     def __len__(self) -> int:
