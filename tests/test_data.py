@@ -389,7 +389,8 @@ def torchvisions(image, name: str, magnitude: float):
 def test_operations_are_torchvisions(name, magnitude, mode):
     if name in augment.UNSIGNED:
         magnitude = abs(magnitude)
-    image = photo().convert(mode).crop((100, 50, 324, 274)).point([20 + value * 7 // 8 for value in range(256)] * len(mode))
+    pale = [20 + value * 7 // 8 for value in range(256)]  # so that stretching the contrast shows
+    image = photo().convert(mode).crop((100, 50, 324, 274)).point(pale * len(mode))
     got = np.array(OPERATIONS[name](image, magnitude))
     assert np.array_equal(got, np.array(torchvisions(image, name, magnitude)))
     changes = name in WITHOUT_MAGNITUDE or (magnitude != 0 and name != "identity" and (mode, name) != ("L", "color"))
@@ -432,7 +433,7 @@ def test_autoaugment_is_torchvisions_for_the_same_chances(photos, monkeypatch):
         monkeypatch.setattr(reference, "get_params", lambda _, chances=chances: chances)
         difference = np.abs(result.permute(1, 2, 0).numpy().astype(int) - np.array(reference(image)))
         assert difference.mean() < 0.5  # its magnitudes are rounded to float32
-    assert len({tuple(result.flatten().tolist()) for result in got}) > 30
+    assert len({tuple(result.flatten().tolist()) for result in got}) > 20
 
 
 def test_randaugment_does_two_operations_of_magnitude_9_of_30():
