@@ -1,8 +1,12 @@
 import contextlib
 import gzip
+import io
+import json
+import shutil
 import struct
 import threading
 import zipfile
+import zlib
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -14,7 +18,9 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch.utils.data import Subset
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import autoaugment
 
 from hwnas.data import (
@@ -24,7 +30,6 @@ from hwnas.data import (
     augment,
     batches,
     fashion_mnist,
-    folder,
     load_dataset,
     named,
     resize,
@@ -32,8 +37,11 @@ from hwnas.data import (
     steps_per_epoch,
     train_batch,
     train_batches,
+    unreadable,
 )
 from hwnas.data.fashion_mnist import Road, open_fashion_mnist, read_idx
+from hwnas.data.folder import FileImages
+from hwnas.data.images import ImageSplit, centre, crop_box, random_crop
 from hwnas.data.load import cut
 from hwnas.data.splits import NUM_DRAWS
 from hwnas.errors import InputError
@@ -78,8 +86,8 @@ def load(root: Path, **arguments):
     return load_dataset(root, cache=root / "cache", **arguments)
 
 
-def names(split: folder.FolderSplit) -> set[str]:
-    return set(split.files)
+def names(split: ImageSplit) -> set[str]:
+    return set(split.names)
 
 
 # -- the cut ----------------------------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ def test_wrong_numbers(tmp_path, arguments, message):
         ("qqqqqq", "not one of .*usps$"),
         ("/no/such/folder", "no such folder: /no/such/folder"),
         (Path("digits"), "no such folder: digits"),
-        (Path(__file__), "is a file: name the folder"),
+        (Path(__file__), "is a file, not of Parquet: name the folder"),
     ],
 )
 def test_unknown_data(tmp_path, monkeypatch, name, message):
@@ -502,7 +510,7 @@ def test_flat_folder(tmp_path):
     assert len(set.union(*files)) == 40
     for part in PARTS:
         split = getattr(data, part)
-        assert [data.classes[label] for label in split.labels] == [Path(file).parent.name for file in split.files]
+        assert [data.classes[label] for label in split.labels] == [Path(file).parent.name for file in split.names]
     assert names(load(root).train) == files[0]
     assert names(load(root, seed=1).train) != files[0]
     assert data.preprocessing.size == 30
@@ -515,9 +523,9 @@ def test_imagenet_style_folder_is_tested_on_val(tmp_path, name):
     fill(tmp_path / name, count=3)
     notices: list[str] = []
     data = load(tmp_path, notice=notices.append)
-    assert {Path(file).parent.parent.name for file in data.test.files} == {name}
+    assert {Path(file).parent.parent.name for file in data.test.names} == {name}
     assert len(data.test) == 6
-    assert {Path(file).parent.parent.name for file in data.validation.files} == {"train"}
+    assert {Path(file).parent.parent.name for file in data.validation.names} == {"train"}
     assert "is the test part" in notices[0]
 
 
@@ -526,7 +534,7 @@ def test_folder_with_all_three_parts(tmp_path):
         fill(tmp_path / part, count=count)
     data = load(tmp_path)
     assert [len(getattr(data, part)) for part in PARTS] == [38, 2, 8, 10]
-    assert {Path(file).parent.parent.name for file in data.validation.files} == {"val"}
+    assert {Path(file).parent.parent.name for file in data.validation.names} == {"val"}
     assert len(load(tmp_path, validation=4).validation) == 4
     with pytest.raises(InputError, match="validation=9 is not between 2, one image a class, and 8"):
         load(tmp_path, validation=9)
@@ -584,21 +592,25 @@ def test_wrong_folder(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
+def evaluated(path: Path, size: int, shorter_side: int | None) -> np.ndarray:
+    return centre(path.read_bytes(), size, shorter_side).permute(1, 2, 0).numpy()
+
+
 @pytest.mark.parametrize("size", [24, 96])
 @pytest.mark.parametrize(
     ("mode", "suffix"),
     [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("L", "png"), ("RGBA", "png"), ("LA", "png"), ("P", "png")],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix, size):
-    path = str(save(tmp_path / f"image.{suffix}", (200, 140), mode=mode))
-    expected = folder.read_centre(str(save(tmp_path / "plain.png", (200, 140))), size, None).astype(float)
+    path = save(tmp_path / f"image.{suffix}", (200, 140), mode=mode)
+    expected = evaluated(save(tmp_path / "plain.png", (200, 140)), size, None).astype(float)
     if mode in ("L", "LA"):
         expected = expected @ [0.299, 0.587, 0.114]  # ITU-R 601, as Pillow weighs
         expected = np.repeat(expected[:, :, None], 3, 2)
-    result = folder.read_centre(path, size, None)
+    result = evaluated(path, size, None)
     assert result.shape == (size, size, 3)
     assert np.abs(result - expected).mean() < 5
-    assert folder.read_crop(path, size, [0.5] * NUM_DRAWS).shape == (size, size, 3)
+    assert random_crop(path.read_bytes(), size, [0.5] * NUM_DRAWS).shape == (3, size, size)
 
 
 def test_sixteen_bits_and_transparent_palettes(tmp_path):
@@ -606,7 +618,7 @@ def test_sixteen_bits_and_transparent_palettes(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     photo().convert("L").save(tmp_path / "8.png")
     photo().convert("P").save(tmp_path / "palette.png", transparency=bytes(range(256)))
-    results = [folder.read_centre(str(tmp_path / f"{name}.png"), 64, 64) for name in ("16", "8", "palette")]
+    results = [evaluated(tmp_path / f"{name}.png", 64, 64) for name in ("16", "8", "palette")]
     assert np.array_equal(results[0], results[1])
     assert results[2].shape == (64, 64, 3)
 
@@ -618,13 +630,13 @@ def test_centre_crop_is_torchvisions(tmp_path, shape):
     reference = transforms.Compose([transforms.Resize(110, bicubic), transforms.CenterCrop(96)])
     with Image.open(path) as image:
         expected = np.array(reference(image))
-    assert np.array_equal(folder.read_centre(str(path), 96, 110), expected)
+    assert np.array_equal(evaluated(path, 96, 110), expected)
 
 
 def test_random_crops_of_photos(tmp_path):
     draws = torch.rand(500, NUM_DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
     for width, height in ((500, 375), (100, 1000)):
-        boxes = np.array([folder.crop_box(width, height, row) for row in draws])
+        boxes = np.array([crop_box(width, height, row) for row in draws])
         widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
         assert boxes.min() >= 0
         assert (boxes[:, 2] <= width + 1e-9).all()
@@ -640,9 +652,11 @@ def test_random_crop_shows_its_box(tmp_path, suffix):
     path = tmp_path / f"photo.{suffix}"
     photo().save(path, quality=95)
     row = [0.3, 0.6, 0.2, 0.9, 0.4]  # a large box, for which the JPEG decoder shrinks; mirrored
-    expected = photo().resize((96, 96), Image.Resampling.BICUBIC, box=folder.crop_box(*photo().size, row))
-    got = folder.read_crop(str(path), 96, row)
-    assert np.abs(got.astype(float) - np.array(expected)[:, ::-1]).mean() < (0.01 if suffix == "png" else 4)
+    box = [round(edge) for edge in crop_box(*photo().size, row)]
+    expected = np.array(photo().crop(box).resize((96, 96), Image.Resampling.BICUBIC))[:, ::-1]
+    got = random_crop(path.read_bytes(), 96, row).permute(1, 2, 0).numpy()
+    difference = np.abs(got.astype(float) - expected)
+    assert difference.max() <= 1 if suffix == "png" else difference.mean() < 4
 
 
 @pytest.mark.parametrize("size", [24, 96])
@@ -662,11 +676,11 @@ def test_evaluated_images_are_the_same_kept_or_not(tmp_path, monkeypatch):
     indices = torch.tensor([5, 2, 5])
     first = kept.load(indices)
     assert kept._is_kept.sum() == 2
-    monkeypatch.setattr(folder, "KEPT_BYTES", 0)
+    monkeypatch.setattr("hwnas.data.images.KEPT_BYTES", 0)
     split = load(tmp_path).train
     assert split._kept is None
     assert torch.equal(split.load(indices), first)
-    for file in kept.files:
+    for file in kept.names:
         Path(file).unlink()
     assert torch.equal(kept.load(indices), first)
 
@@ -675,13 +689,339 @@ def test_evaluated_images_are_the_same_kept_or_not(tmp_path, monkeypatch):
 def test_an_image_that_is_cut_short_is_named_when_met(tmp_path, size):
     fill(tmp_path, size=(150, 120))
     data = load(tmp_path, size=size)
-    path = Path(data.train.files[3])
+    path = Path([*data.train.names][3])
     path.write_bytes(path.read_bytes()[:2000])
     fresh = data.train.subset(torch.arange(len(data.train)), data.preprocessing)
     for generator in (None, torch.Generator().manual_seed(0)):
         with pytest.raises(InputError, match=rf"{path}: cannot be read as an image \(.*\): replace or remove it"):
             fresh.load(torch.arange(6), generator)
     assert fresh.load(torch.tensor([1, 2])).shape == (2, 3, size, size)
+
+
+def test_other_pictures_than_plain_ones(tmp_path):
+    """EXIF rotation, animations, 16 bits in 32, and text beyond the end."""
+    plain = save(tmp_path / "plain.jpg", (200, 140))
+    expected = evaluated(plain, 64, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo().crop((0, 0, 200, 140)).save(tmp_path / "turned.jpg", exif=exif)
+    assert np.array_equal(evaluated(tmp_path / "turned.jpg", 64, 64), expected)
+    (tmp_path / "longer.jpg").write_bytes(plain.read_bytes() + b"</html>")
+    assert np.array_equal(evaluated(tmp_path / "longer.jpg", 64, 64), expected)
+    frames = [photo().crop((left, 0, left + 200, 140)) for left in (0, 300)]
+    frames[0].save(tmp_path / "still.png")
+    for suffix in ("png", "webp"):
+        frames[0].save(tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+        still = evaluated(tmp_path / "still.png", 64, 64)
+        assert np.array_equal(evaluated(tmp_path / f"moving.{suffix}", 64, 64), still)
+    grey = np.array(photo().convert("L"))
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    header = f"P5 {grey.shape[1]} {grey.shape[0]} 65535\n".encode()
+    (tmp_path / "16.pgm").write_bytes(header + (grey.astype(">u2") * 257).tobytes())  # Pillow's mode I
+    assert np.array_equal(evaluated(tmp_path / "16.pgm", 64, 64), evaluated(tmp_path / "8.png", 64, 64))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_images_are_decoded_small(tmp_path, monkeypatch):
+    path = tmp_path / "huge.jpg"
+    photo().resize((12_000, 9_000), Image.Resampling.NEAREST).save(path)
+    resized, decoded = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda image, *args: decoded.append(image.size) or resized(image, *args))
+    small = photo().resize((112, 84))
+    small.save(tmp_path / "small.png")
+    got = evaluated(path, 84, 84)
+    assert max(decoded[0]) <= 1500
+    assert np.abs(got.astype(float) - evaluated(tmp_path / "small.png", 84, 84)).mean() < 5
+    assert random_crop(path.read_bytes(), 96, [0.5] * NUM_DRAWS).shape == (3, 96, 96)
+
+
+def test_an_image_too_large_for_any_memory_is_named(tmp_path):
+    fill(tmp_path)
+    content = bytearray((tmp_path / "cat" / "0.png").read_bytes())
+    content[16:24] = struct.pack(">II", 30_000, 30_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "cat" / "0.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"cat/0\.png: .* \(Image size \(900000000 pixels\) exceeds limit"):
+        load(tmp_path)
+
+
+def test_all_bad_images_are_found_at_once(tmp_path, monkeypatch):
+    fill(tmp_path, count=10)
+    data = load(tmp_path)
+    bad = sorted([*data.train.names][:3] + [*data.test.names][:1])
+    Path(bad[0]).write_bytes(b"")
+    Path(bad[1]).unlink()
+    for path in map(Path, bad[2:]):
+        path.write_bytes(path.read_bytes()[:-300])
+    reports = []
+    problems = unreadable(data.train, data.test, digits(tmp_path).train, report=lambda *report: reports.append(report))
+    assert sorted(problem.split(": ")[0] for problem in problems) == bad
+    assert all("replace or remove it" in problem for problem in problems)
+    total = len(data.train) + len(data.test)
+    assert reports == [(total, total, "4 cannot be read")]
+
+
+def test_fingerprint_tells_other_images(tmp_path):
+    fill(tmp_path / "a", count=100)
+    train = load(tmp_path / "a").train
+    fingerprint = train.fingerprint()
+    assert load(tmp_path / "a", size=12).train.fingerprint() == fingerprint
+    assert load(tmp_path / "a", seed=1).train.fingerprint() != fingerprint
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load(tmp_path / "b").train.fingerprint() == fingerprint
+    first = Path(next(iter(load(tmp_path / "b").train.names)))
+    save(first, (40, 30), seed=9)
+    assert load(tmp_path / "b").train.fingerprint() != fingerprint
+    parts = [getattr(digits(tmp_path), part).fingerprint() for part in PARTS]
+    assert len(set(parts)) == 4
+    assert [getattr(digits(tmp_path), part).fingerprint() for part in PARTS] == parts
+
+
+def test_paths_survive_lying_in_one_piece(tmp_path):
+    paths = [f"/data/train/n{number % 1000:08}/ä{number}.jpg" for number in range(20_000)]
+    files = FileImages(paths)
+    assert [files.name(index) for index in range(len(files))] == paths
+    assert len(files) == 20_000
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------
+
+
+def write_parquet(
+    path: Path,
+    labels: list,
+    *,
+    names=None,
+    struct=True,
+    columns=("image", "label"),
+    start=0,
+    edit=lambda images: images,
+) -> list[bytes]:
+    """Images as Hugging Face's datasets store them, in row groups of 7."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    encoded = []
+    for number in range(len(labels)):
+        target = io.BytesIO()
+        photo().crop((start + number, number, start + number + 40, number + 30)).save(target, "PNG")
+        encoded.append(target.getvalue())
+    images = edit(list(encoded))
+    rows = [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate(images)] if struct else images
+    table = pyarrow.table(dict(zip(columns, (rows, labels), strict=True)))
+    if names:
+        features = {columns[1]: {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=7)
+    return encoded
+
+
+def stored(split: ImageSplit) -> list[bytes]:
+    return [split.stored(index) for index in range(len(split))]
+
+
+@pytest.mark.parametrize("layout", ["data/{}-0000{}-of-00002.parquet", "{}/000{}.parquet", "{}-{}.parquet"])
+def test_parquet_as_hugging_face_lays_it_out(tmp_path, layout):
+    root, notices = tmp_path / "pets", []
+    first = write_parquet(root / layout.format("train", 0), [0, 1] * 10, names=["cat", "dog"])
+    second = write_parquet(root / layout.format("train", 1), [1, 0] * 12, names=["cat", "dog"], start=100)
+    tested = write_parquet(root / layout.format("test", 0), [0, 1, 1], names=["cat", "dog"], start=200)
+    data = load_dataset(root, cache=tmp_path / "cache", notice=notices.append)
+    assert (data.name, data.classes) == ("pets", ("cat", "dog"))
+    assert [len(getattr(data, part)) for part in PARTS] == [38, 2, 4, 3]
+    label_of = dict(zip([*first, *second], [0, 1] * 10 + [1, 0] * 12, strict=True))
+    for part in PARTS[:3]:
+        split = getattr(data, part)
+        assert [label_of.pop(image) for image in stored(split)] == split.labels.tolist()
+    assert stored(data.test) == tested
+    assert "copying the images of pets" in notices[0]
+    again = load_dataset(root, cache=tmp_path / "cache", notice=pytest.fail)
+    assert torch.equal(again.train.load(torch.arange(38)), data.train.load(torch.arange(38)))
+    write_parquet(root / layout.format("test", 0), [0, 1], names=["cat", "dog"])
+    assert len(load_dataset(root, cache=tmp_path / "cache", notice=notices.append).test) == 2
+    assert len(notices) == 2  # other files, another copy
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(["b", "a"] * 15, ("a", "b")), ([5, 10] * 15, ("5", "10")), ([0, 1] * 15, ("0", "1"))],
+)
+@pytest.mark.parametrize("columns", [("image", "label"), ("img", "fine_label")])
+def test_a_single_parquet_file(tmp_path, labels, classes, columns):
+    path = tmp_path / "flowers.parquet"
+    images = write_parquet(path, labels, struct=False, columns=columns)
+    data = load_dataset(str(path), cache=tmp_path, notice=lambda line: None)
+    assert (data.name, data.classes) == ("flowers", classes)
+    for image, label in zip(stored(data.train), data.train.labels, strict=True):
+        assert str(labels[images.index(image)]) == classes[label]
+
+
+def test_parquet_gives_the_pixels_of_files(tmp_path):
+    labels = [0, 1] * 30
+    images = write_parquet(tmp_path / "data" / "train.parquet", labels, names=["cat", "dog"])
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        file = tmp_path / "folder" / ("cat", "dog")[label] / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image)
+    packed = load_dataset(tmp_path / "data", cache=tmp_path, notice=lambda line: None)
+    folder = load_dataset(tmp_path / "folder", cache=tmp_path)
+    place = {image: index for index, image in enumerate(stored(folder.train))}
+    both = [(index, place[image]) for index, image in enumerate(stored(packed.train)) if image in place]
+    ours, theirs = (torch.tensor(indices) for indices in zip(*both, strict=True))
+    assert len(both) > 20
+    assert torch.equal(packed.train.load(ours), folder.train.load(theirs))
+
+
+def test_hugging_faces_test_part_without_labels_is_ignored(tmp_path):
+    for part, labels in {"train": [0, 1] * 20, "validation": [0, 1] * 2, "test": [-1] * 4}.items():
+        write_parquet(tmp_path / "in1k" / f"{part}-00000-of-00001.parquet", labels, names=["cat", "dog"])
+    notices: list[str] = []
+    data = load_dataset(tmp_path / "in1k", cache=tmp_path, notice=notices.append)
+    assert len(data.test) == 4
+    assert data.test.labels.tolist() == [0, 1, 0, 1]
+    assert "test is ignored: it has no labels" in notices[0]
+    assert any("the validation part is the test part" in notice for notice in notices)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"no Parquet"), "train.parquet: is damaged, or no Parquet file"),
+        (
+            lambda path: write_parquet(path, [0, 1], columns=("photo", "label")),
+            "no column 'image' or 'img', but photo, ",
+        ),
+        (lambda path: write_parquet(path, [0, 1], columns=("image", "y")), "no column 'label' or .*, but image, y"),
+        (lambda path: write_parquet(path, [0] * 20), "has only one class, '0'"),
+        (lambda path: write_parquet(path, [0, 2] * 9, names=["a", "b"]), "train, row 1 has the label 2, which is none"),
+        (lambda path: write_parquet(path, [0, None] * 9), "train, row 1 has the label None"),
+        (
+            lambda path: write_parquet(path, [0, 1] * 9, edit=lambda images: [*images[:11], None, *images[12:]]),
+            r"train.parquet: row 11 has no bytes in the column 'image'",
+        ),
+        (
+            lambda path: write_parquet(path, [0, 1] * 9, edit=lambda images: [*images[:11], b"x", *images[12:]]),
+            r"train, row 11: cannot be read as an image \(no image\)",
+        ),
+        (lambda path: write_parquet(path.with_name("test-0.parquet"), [0, 1]), "files of test, but none of train"),
+    ],
+)
+def test_wrong_parquet(tmp_path, make, message):
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data" / "train.parquet")
+    with pytest.raises(InputError, match=message) as error:
+        load_dataset(tmp_path / "data", cache=tmp_path / "cache", notice=lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_without_pyarrow_or_room(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "data" / "train.parquet", [0, 1] * 20)
+    full = shutil.disk_usage(tmp_path)._replace(free=1_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(InputError, match=r"cache: has 0\.0 GB free, but data takes 0\.0: make room"):
+        load_dataset(tmp_path / "data", cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr("hwnas.data.parquet.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs pyarrow: pip install 'hwnas\[parquet\]'"):
+        load_dataset(tmp_path / "data", cache=tmp_path)
+
+
+# -- datasets of PyTorch ----------------------------------------------------------------------------------------
+
+
+class Pictures:
+    """A map-style dataset of 40 pieces of the photo."""
+
+    def __init__(self, convert=lambda image: image, *, num_images: int = 40):
+        self.convert, self.num_images, self.read = convert, num_images, 0
+
+    def __len__(self):
+        return self.num_images
+
+    def __getitem__(self, index):
+        self.read += 1
+        return self.convert(photo().crop((index, index, index + 40, index + 30))), index % 2
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("convert", [np.array, to_tensor, lambda image: image.convert("RGBA")])
+def test_every_kind_of_pixels_is_the_same(tmp_path, convert):
+    expected = load_dataset(Pictures(), cache=tmp_path, notice=lambda line: None)
+    data = load_dataset(Pictures(convert), cache=tmp_path, notice=lambda line: None)
+    assert (data.name, data.classes, data.preprocessing) == ("Pictures", ("0", "1"), expected.preprocessing)
+    for part in PARTS:
+        ours, theirs = getattr(data, part), getattr(expected, part)
+        assert torch.equal(ours.load(torch.arange(len(ours))), theirs.load(torch.arange(len(theirs))))
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda image: image.convert("L"),
+        lambda image: np.array(image.convert("L")),
+        lambda image: np.array(image.convert("L"))[:, :, None],
+        lambda image: torch.from_numpy(np.array(image.convert("L"))),
+        lambda image: torch.from_numpy(np.array(image.convert("L")))[None],
+    ],
+)
+def test_grey_datasets(tmp_path, convert):
+    image = load_dataset(Pictures(convert), cache=tmp_path, notice=lambda line: None, size=30).train.load(
+        torch.arange(1)
+    )
+    assert torch.equal(image[:, 0], image[:, 2])
+
+
+def test_parts_subsets_and_lists_of_labels(tmp_path):
+    whole = Pictures(num_images=60)
+    whole.targets = [index % 2 for index in range(60)]
+    whole.classes = ["cat", "dog"]
+    train, tested = Subset(whole, range(0, 50)), Subset(whole, range(50, 60))
+    notices: list[str] = []
+    data = load_dataset({"train": Subset(train, range(40)), "val": tested}, cache=tmp_path, notice=notices.append)
+    assert [len(getattr(data, part)) for part in PARTS] == [34, 2, 4, 10]
+    assert data.classes == ("cat", "dog")
+    assert data.test.labels.tolist() == [0, 1] * 5
+    assert all("for their labels" not in notice for notice in notices)
+    whole.targets = [1 - label for label in whole.targets]  # as a target_transform does to the list
+    data = load_dataset({"train": train, "test": tested}, cache=tmp_path, notice=notices.append)
+    assert data.test.labels.tolist() == [0, 1] * 5
+    assert "train: reading all 50 images for their labels" in notices[-2]
+
+
+def test_image_folder_of_torchvision_gives_our_pixels(tmp_path):
+    fill(tmp_path / "pets", count=20)
+    ours = load(tmp_path / "pets")
+    theirs = load_dataset(ImageFolder(tmp_path / "pets"), cache=tmp_path, notice=pytest.fail)
+    assert theirs.classes == ours.classes
+    assert theirs.preprocessing == ours.preprocessing
+    assert torch.equal(theirs.train.load(torch.arange(26)), ours.train.load(torch.arange(26)))
+    as_dicts = [{"image": image, "label": label} for image, label in ImageFolder(tmp_path / "pets")]
+    named = load_dataset(as_dicts, cache=tmp_path, notice=lambda line: None)
+    assert torch.equal(named.train.load(torch.arange(26)), ours.train.load(torch.arange(26)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"test": Pictures()}, "the parts 'test' are not 'train' and perhaps"),
+        ({"train": Pictures(), "dev": Pictures()}, "the parts 'train', 'dev' are not"),
+        ({"train": iter([])}, "train is list_iterator, which is no map-style dataset"),
+        (Pictures(num_images=0), "train has no images"),
+        (Pictures(lambda image: to_tensor(image) / 255), r"train\[0\]: is torch.float32 \(3, 30, 40\), but .* uint8"),
+        (Pictures(lambda image: "x.jpg"), r"train\[0\]: is str \(\), but"),
+        ([1, 2], r"train\[0\] is not an image and its label, but int"),
+        ([(photo(), "cat")], r"train\[0\] has the label 'cat', which is no integer"),
+        ([(photo(), -1), (photo(), 1)], "labels go from -1 to 1, but there are 2 classes, counted from 0"),
+        ([(photo(), 0)] * 9, "has only one class, '0'"),
+    ],
+)
+def test_wrong_datasets(tmp_path, data, message):
+    with pytest.raises(InputError, match=message):
+        load_dataset(data, cache=tmp_path, notice=lambda line: None)
 
 
 # -- named data sets --------------------------------------------------------------------------------------------
