@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hwnas.data.augment import NUM_POLICY_DRAWS, Augmentation, apply_policy, check_augmentation
 from hwnas.data.splits import NUM_DRAWS, PHOTO_SIZE, Split, resize
+from hwnas.data.workers import Workers, num_available
 from hwnas.errors import InputError
 
 T = TypeVar("T")
@@ -85,7 +86,8 @@ def train_batch(
     """
     check_augmentation(augment)
     start, stop = _share(batch_size, rank, num_ranks)
-    return _part_of_batch(split, step, batch_size, seed, augment, start, stop)
+    indices = _indices(split, step, batch_size, seed)[start:stop]
+    return _images(split, step, batch_size, seed, augment, start, stop), split.labels[indices]
 
 
 def train_batches(
@@ -97,16 +99,43 @@ def train_batches(
     start_step: int = 0,
     rank: int = 0,
     num_ranks: int = 1,
+    workers: int | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """The batches of `train_batch` from `start_step` on, endless, prepared ahead in one background thread.
+    """The batches of `train_batch` from `start_step` on, endless, prepared ahead.
 
-    Its `close()` (or `contextlib.closing`) ends the thread. What `train_batch` raises is raised here.
+    Its `close()` (or `contextlib.closing`) ends the processes and the thread that prepare them. What `train_batch`
+    raises is raised here.
+
+    The images are prepared by `workers` processes, or by one thread where that is 0. By default, images that are
+    decoded for every step take this process's share of the processors, and images in memory a thread; so does
+    everything where processes cannot be forked, which only Linux does safely.
     """
+    check_augmentation(augment)
+    start, stop = _share(batch_size, rank, num_ranks)
+    if workers is None:
+        workers = max(1, num_available() // num_ranks) if split.decodes and num_available() else 0
+    if workers == 0:
+        return _ahead(
+            lambda step: train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks),
+            count(start_step),
+        )
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        return train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks)
+    def fill(step: int, first: int, end: int) -> Tensor:
+        split.threads = 1  # in the worker's own copy
+        return _images(split, step, batch_size, seed, augment, start + first, start + end)
 
-    return _ahead(batch, count(start_step))
+    def prepared() -> Generator[tuple[Tensor, Tensor], None, None]:
+        preprocessing = split.preprocessing
+        shape = stop - start, preprocessing.channels, preprocessing.size, preprocessing.size
+        with Workers(fill, shape, first_step=start_step, num_workers=workers) as processes:
+
+            def batch(step: int) -> tuple[Tensor, Tensor]:
+                indices = _indices(split, step, batch_size, seed)[start:stop]
+                return processes.next(), split.labels[indices]
+
+            yield from _ahead(batch, count(start_step))
+
+    return prepared()
 
 
 def _share(batch_size: int, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -116,21 +145,26 @@ def _share(batch_size: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return rank * batch_size // num_ranks, (rank + 1) * batch_size // num_ranks
 
 
-def _part_of_batch(
-    split: Split, step: int, batch_size: int, seed: int, augment: Augmentation, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Images and labels `start` to `stop` of the batch of a step."""
+def _indices(split: Split, step: int, batch_size: int, seed: int) -> Tensor:
+    """(batch_size,) int64, which images the batch of a step has."""
     epoch, position = divmod(step, steps_per_epoch(split, batch_size))
-    indices = _order(len(split), seed, epoch)[position * batch_size :][start:stop]
+    return _order(len(split), seed, epoch)[position * batch_size : (position + 1) * batch_size]
+
+
+def _images(
+    split: Split, step: int, batch_size: int, seed: int, augment: Augmentation, start: int, stop: int
+) -> Tensor:
+    """The images `start` to `stop` of the batch of a step."""
 
     def draws(kind: int, number: int) -> Tensor:
         """(stop - start, number) in [0, 1), drawn for the whole batch so that they are the same in any part of it."""
         generator = _generator(seed, kind, step)
         return torch.rand(batch_size, number, dtype=torch.float64, generator=generator)[start:stop]
 
+    indices = _indices(split, step, batch_size, seed)[start:stop]
     images = split.pixels(indices, None if augment == "none" else draws(_AUGMENTATION, NUM_DRAWS))
     photos = split.preprocessing.size >= PHOTO_SIZE
-    return apply_policy(images, augment, draws(_POLICY, NUM_POLICY_DRAWS), photos=photos), split.labels[indices]
+    return apply_policy(images, augment, draws(_POLICY, NUM_POLICY_DRAWS), photos=photos)
 
 
 def _ahead(make: Callable[[T], U], arguments: Iterable[T], num_ahead: int = 2) -> Generator[U, None, None]:
@@ -147,7 +181,7 @@ def _ahead(make: Callable[[T], U], arguments: Iterable[T], num_ahead: int = 2) -
         worker.shutdown(cancel_futures=True)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _order(num_images: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch; remembered, as each step needs a little of it (ImageNet's takes 20 ms to make)."""
     return torch.randperm(num_images, generator=_generator(seed, _ORDER, epoch))

@@ -109,6 +109,7 @@ class ImageSplit(Split):
         shape = (len(labels), preprocessing.channels, preprocessing.size, preprocessing.size)
         # Memory is taken only when pixels are written.
         self._kept = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= KEPT_BYTES else None
+        self.decodes = self._kept is None or preprocessing.size >= PHOTO_SIZE
         self._is_kept = torch.zeros(len(labels), dtype=torch.bool)
 
     @property

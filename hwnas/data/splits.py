@@ -70,12 +70,14 @@ class Split(ABC):
         labels: (num_images,) int64.
         preprocessing: what its images have gone, and will go, through.
         threads: how many `pixels` uses.
+        decodes: whether it decodes images each time they are trained on, which worker processes should do.
     """
 
     def __init__(self, labels: Tensor, preprocessing: Preprocessing) -> None:
         self.labels = labels
         self.preprocessing = preprocessing
         self.threads = 1
+        self.decodes = False
         self._resized: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
 
     def __len__(self) -> int:
