@@ -2,7 +2,8 @@
 
 Operations and magnitudes are torchvision's (its `AutoAugment` and `RandAugment`, nearest neighbour), which follow the
 authors' code; what an operation uncovers is filled with grey, as there. Pillow does the work: for 224 x 224 pixels it
-takes 0.03 to 0.3 ms an operation (sharpness 1.6), 2 to 20 times less than torchvision's operations on tensors.
+takes 0.03 to 0.3 ms an operation (sharpness 1.6), where torchvision takes 0.4 to 1.3 ms on tensors (sharpness 5.4, and
+0.01 for posterize and invert, where Pillow takes 0.1).
 """
 
 from __future__ import annotations

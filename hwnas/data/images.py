@@ -158,7 +158,8 @@ class ImageSplit(Split):
 
     def _decoded(self, indices: Tensor, draws: Sequence[Sequence[float] | None]) -> Tensor:
         size, shorter_side = self.preprocessing.size, self.preprocessing.shorter_side
-        images = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
+        # In Pillow's order of channels, which is also the fastest one for what comes next.
+        images = torch.empty(len(indices), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
         def fill(image: Tensor, index: int, draws: Sequence[float] | None) -> None:
             def decode(encoded: Encoded) -> Tensor:
@@ -262,7 +263,7 @@ def centre(encoded: Encoded, size: int, shorter_side: int | None) -> Tensor:
     width, height = resized
     image = rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return _tensor(image.crop((left, top, left + size, top + size)))
+    return _tensor(image.crop((left, top, left + size, top + size)))[0]
 
 
 def random_crop(encoded: Encoded, size: int, draws: Sequence[float]) -> Tensor:
@@ -278,7 +279,7 @@ def random_crop(encoded: Encoded, size: int, draws: Sequence[float]) -> Tensor:
     image = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
     if draws[FLIP] < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return resize_bytes(_tensor(image)[None], size)[0]  # in a quarter of the time that Pillow takes
+    return resize_bytes(_tensor(image), size)[0]  # takes half the time of Pillow's
 
 
 def crop_box(width: int, height: int, draws: Sequence[float]) -> Box:
@@ -299,9 +300,10 @@ def rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
     if image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns where a transparent palette goes to RGB directly
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` copies even if there is nothing to do
 
 
 def _tensor(image: Image.Image) -> Tensor:
-    """(3, height, width) uint8 of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """(1, 3, height, width) uint8 of an RGB image, channels last in memory."""
+    return torch.from_numpy(np.array(image)).view(1, image.height, image.width, 3).permute(0, 3, 1, 2)

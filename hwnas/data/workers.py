@@ -56,7 +56,9 @@ class Workers:
     def __init__(self, fill: Fill, shape: tuple[int, ...], *, first_step: int, num_workers: int) -> None:
         # Not from /dev/shm, which is small in containers.
         memory = mmap.mmap(-1, NUM_SLOTS * math.prod(shape))
-        self.slots = torch.frombuffer(memory, dtype=torch.uint8).view(NUM_SLOTS, *shape)
+        batch_size, channels, *size = shape
+        slots = torch.frombuffer(memory, dtype=torch.uint8).view(NUM_SLOTS, batch_size, *size, channels)
+        self.slots = slots.permute(0, 1, 4, 2, 3)
         self.step = first_step
         context = multiprocessing.get_context("fork")
         num_workers = min(num_workers, shape[0])
