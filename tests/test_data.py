@@ -996,6 +996,11 @@ def test_hugging_faces_test_part_without_labels_is_ignored(tmp_path):
         (lambda path: write_parquet(path, [0, 2] * 9, names=["a", "b"]), "train, row 1 has the label 2, which is none"),
         (lambda path: write_parquet(path, [0, None] * 9), "train, row 1 has the label None"),
         (
+            lambda path: write_parquet(path, [[0], [1]] * 9),
+            r"the column 'label' has \[0\], which is no integer or string",
+        ),
+        (lambda path: write_parquet(path, [], names=["a", "b"]), "data: train has no images"),
+        (
             lambda path: write_parquet(path, [0, 1] * 9, edit=lambda images: [*images[:11], None, *images[12:]]),
             r"train.parquet: row 11 has no bytes in the column 'image'",
         ),

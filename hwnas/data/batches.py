@@ -107,13 +107,14 @@ def train_batches(
     raises is raised here.
 
     The images are prepared by `workers` processes, or by one thread where that is 0. By default, images that are
-    decoded for every step take this process's share of the processors, and images in memory a thread; so does
-    everything where processes cannot be forked, which only Linux does safely.
+    decoded for every step take this process's share of the processors; images in memory a thread, and likewise
+    "none", which keeps what it can in memory. Where processes cannot be forked safely (not Linux), all take a thread.
     """
     check_augmentation(augment)
     start, stop = _share(batch_size, rank, num_ranks)
     if workers is None:
-        workers = max(1, num_available() // num_ranks) if split.decodes and num_available() else 0
+        in_processes = split.decodes and augment != "none" and num_available() > 0
+        workers = max(1, num_available() // num_ranks) if in_processes else 0
     if workers == 0:
         return _ahead(
             lambda step: train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks),

@@ -210,10 +210,13 @@ def source_of_images(name: str, classes: Sequence[str], parts: Mapping[str, tupl
         parts: images and (num_images,) labels of train, and perhaps of validation and test.
 
     Raises:
-        InputError: one of (a sample of) the images cannot be read, or there is only one class.
+        InputError: one of (a sample of) the images cannot be read, or a part is empty, or there is only one class.
     """
     if len(classes) < 2:
         raise InputError(f"{name} has only one class, {', '.join(classes)!r}: at least two are needed")
+    for part, (images, _) in parts.items():
+        if not len(images):
+            raise InputError(f"{name}: {part} has no images: add some or remove it")
     shorter_sides = {part: _shorter_sides(images) for part, (images, _) in parts.items()}
     preprocessing = plain(min(DEFAULT_SIZE, median_low(shorter_sides["train"])), 3)
     splits = {

@@ -1,8 +1,8 @@
 """Parquet files of encoded images and labels, as Hugging Face's datasets are stored.
 
-A row of Parquet cannot be reached alone: its whole row group is read. For an image of 75 KB that took 3 ms in row groups
-of 100 and 70 ms in those of 1,000, from memory; from a disk it is 100 or 1,000 times the bytes. So the images are copied
-once (600 MB/s), one after the other, into a plain file in the cache, of which each is read by its offset: in 0.02 ms.
+A row of Parquet cannot be reached alone: its whole row group is read. For an image of 75 KB that took 3 ms in row
+groups of 100 and 70 ms in those of 1,000, from memory; from a disk it is 100 or 1,000 times the bytes. So the images
+are copied once (600 MB/s), one after the other, into a plain file in the cache, of which each is read in 0.02 ms.
 """
 
 from __future__ import annotations
@@ -94,13 +94,8 @@ def open_parquet(path: Path, cache: Path, notice: Callable[[str], None]) -> Sour
         notice(f"{path}: {part} is ignored: it has no labels")  # as Hugging Face's ImageNet; -1 stands for none
         del found[part]
     classes = _class_names(found["train"][0])
-    number_of: dict[object, int] = {}
-    if classes is None:
-        distinct = sorted(set(values["train"]) - {None})
-        classes = tuple(map(str, distinct))
-        number_of = {value: number for number, value in enumerate(distinct)}
-    else:
-        number_of = {number: number for number in range(len(classes))}
+    distinct = range(len(classes)) if classes else sorted(set(values["train"]) - {None})
+    number_of = {value: number for number, value in enumerate(distinct)}
     for part in found:
         for row, value in enumerate(values[part]):
             if value not in number_of:
@@ -109,12 +104,15 @@ def open_parquet(path: Path, cache: Path, notice: Callable[[str], None]) -> Sour
     name = path.resolve().stem
     folder = _packed(name, found, cache, notice)
     parts = {part: (PackedImages(folder / f"{part}.bin"), labels[part]) for part in found}
-    return source_of_images(name, classes, name_parts(parts, str(path), notice))
+    return source_of_images(name, classes or tuple(map(str, distinct)), name_parts(parts, str(path), notice))
 
 
 def _labels(file: Path) -> list[Any]:
     with _opened(file) as parquet:
-        values: list[Any] = parquet.read(columns=[_column(parquet, file, LABEL_COLUMNS)]).column(0).to_pylist()
+        column = _column(parquet, file, LABEL_COLUMNS)
+        values: list[Any] = parquet.read(columns=[column]).column(0).to_pylist()
+    if wrong := [value for value in values if not isinstance(value, int | str | None)]:
+        raise InputError(f"{file}: the column {column!r} has {wrong[0]!r}, which is no integer or string")
     return values
 
 
