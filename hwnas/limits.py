@@ -18,7 +18,7 @@ from hwnas.space import Genes, SearchSpace
 
 Floats: TypeAlias = NDArray[np.float64]
 
-# By how much a second measurement of the same child may come out slower (benchmarks/results/profile.md).
+# By how much a second measurement of the same child may come out slower (benchmarks/results/profiling.md).
 REPEATABILITY = 0.02
 
 

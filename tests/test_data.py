@@ -1,8 +1,18 @@
 import contextlib
 import gzip
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 import struct
+import subprocess
+import sys
 import threading
+import time
 import zipfile
+import zlib
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -14,14 +24,18 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch.utils.data import Subset
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import autoaugment
 
 from hwnas.data import (
+    AUGMENTATIONS,
     Preprocessing,
     TensorSplit,
+    augment,
     batches,
     fashion_mnist,
-    folder,
     load_dataset,
     named,
     resize,
@@ -29,11 +43,16 @@ from hwnas.data import (
     steps_per_epoch,
     train_batch,
     train_batches,
+    unreadable,
 )
 from hwnas.data.fashion_mnist import Road, open_fashion_mnist, read_idx
+from hwnas.data.folder import FileImages
+from hwnas.data.images import ImageSplit, centre, crop_box, random_crop
 from hwnas.data.load import cut
 from hwnas.data.splits import NUM_DRAWS
+from hwnas.data.workers import num_available
 from hwnas.errors import InputError
+from hwnas.training.recipes import TrainConfig, short
 
 GREY = Preprocessing(size=8, channels=1, mean=(0.0,), std=(1.0,))
 PARTS = ("train", "calibration", "validation", "test")
@@ -74,8 +93,8 @@ def load(root: Path, **arguments):
     return load_dataset(root, cache=root / "cache", **arguments)
 
 
-def names(split: folder.FolderSplit) -> set[str]:
-    return set(split.files)
+def names(split: ImageSplit) -> set[str]:
+    return set(split.names)
 
 
 # -- the cut ----------------------------------------------------------------------------------------------------
@@ -173,7 +192,7 @@ def test_wrong_numbers(tmp_path, arguments, message):
         ("qqqqqq", "not one of .*usps$"),
         ("/no/such/folder", "no such folder: /no/such/folder"),
         (Path("digits"), "no such folder: digits"),
-        (Path(__file__), "is a file: name the folder"),
+        (Path(__file__), "is a file, not of Parquet: name the folder"),
     ],
 )
 def test_unknown_data(tmp_path, monkeypatch, name, message):
@@ -319,6 +338,99 @@ def test_batches_prepared_ahead_are_the_same():
     assert next(stream, None) is None
 
 
+def loaders() -> list[int]:
+    """The worker processes that are alive."""
+    return [process.pid for process in multiprocessing.active_children() if process.name == "hwnas-loader"]
+
+
+needs_fork = pytest.mark.skipif(
+    num_available() == 0, reason="worker processes are forked, which only Linux does safely"
+)
+
+
+@needs_fork
+@pytest.mark.parametrize("num_workers", [1, 3, 20])
+@pytest.mark.parametrize("policy", AUGMENTATIONS)
+def test_worker_processes_prepare_the_same_batches(tmp_path, num_workers, policy):
+    split = load(fill(tmp_path, size=(150, 120)), size=96).train
+    arguments = {"augment": policy, "rank": 1, "num_ranks": 2}
+    with contextlib.closing(train_batches(split, 8, seed=5, start_step=3, workers=num_workers, **arguments)) as stream:
+        for step, (images, labels) in enumerate(islice(stream, 5), start=3):
+            expected, expected_labels = train_batch(split, step, 8, seed=5, **arguments)
+            assert torch.equal(images, expected)
+            assert torch.equal(labels, expected_labels)
+        assert len(loaders()) == min(num_workers, 4)
+    assert loaders() == []
+
+
+@needs_fork
+@pytest.mark.parametrize("size", [24, 96])
+def test_photos_are_prepared_in_processes(tmp_path, size):
+    split = load(fill(tmp_path, size=(150, 120)), size=size).train
+    with contextlib.closing(train_batches(split, 4, seed=0)) as stream:
+        next(stream)
+        assert bool(loaders()) == (size == 96)
+
+
+@needs_fork
+def test_errors_of_worker_processes(tmp_path):
+    data = load(fill(tmp_path, size=(150, 120)), size=96)
+    path = Path(next(data.train.names))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=rf"^{path}: cannot be read as an image \([^\n]*\): replace or remove it$"):
+        list(islice(train_batches(data.train, 4, seed=0, workers=2), 5))
+    with pytest.raises(RuntimeError, match=r"ZeroDivisionError: division by zero"):
+        list(islice(train_batches(Broken(torch.zeros(8, 1, 8, 8), torch.arange(8), GREY), 4, seed=0, workers=2), 1))
+    stream = train_batches(numbered(50), 4, seed=0, workers=2)
+    next(stream)
+    os.kill(loaders()[0], signal.SIGKILL)
+    with pytest.raises(InputError, match=r"was killed \(exit code -9\), for lack of memory perhaps: use fewer"):
+        list(islice(stream, 10))
+    assert loaders() == []
+
+
+class Broken(TensorSplit):
+    def pixels(self, indices, draws):
+        return 1 / 0
+
+
+SCRIPT = """
+import multiprocessing, sys, torch
+from hwnas.data import Preprocessing, TensorSplit, train_batches
+grey = Preprocessing(8, 1, mean=(0.0,), std=(1.0,))
+split = TensorSplit(torch.zeros(50, 1, 8, 8, dtype=torch.uint8), torch.arange(50), grey)
+stream = train_batches(split, 4, 0, workers=2)
+next(stream)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+for _ in stream:
+    pass
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_worker_processes_end_with_their_parent(number):
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        children = [int(word) for word in process.stdout.readline().split()]
+        assert len(children) == 2
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as the terminal does
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        assert errors.count("Traceback") == (number == signal.SIGINT)
+    deadline = time.monotonic() + 10
+    while any(Path("/proc", str(child)).exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 class Faulty(TensorSplit):
     """Cannot read image 7."""
 
@@ -360,6 +472,131 @@ def test_pad_crop_and_flip_against_plain_loops(flip):
     assert len(seen) == 10  # every offset occurs
 
 
+# -- augmentation policies --------------------------------------------------------------------------------------
+
+OPERATIONS = augment.SIGNED | augment.UNSIGNED
+WITHOUT_MAGNITUDE = ("autocontrast", "equalize", "invert")
+TORCHVISIONS_NAMES = {name: "".join(word.capitalize() for word in name.split("_")) for name in OPERATIONS}
+TORCHVISIONS_NAMES["autocontrast"] = "AutoContrast"
+
+
+def torchvisions(image, name: str, magnitude: float):
+    """An operation as torchvision does it, with a magnitude from -1 to 1."""
+    space = autoaugment.AutoAugment()._augmentation_space(10, image.shape[1:] if torch.is_tensor(image) else image.size)
+    name = TORCHVISIONS_NAMES[name]
+    level = 0.0
+    if name != "Identity" and space[name][0].ndim:
+        level = float(space[name][0][round(abs(magnitude) * 9)]) * (-1 if magnitude < 0 else 1)
+    bands = 3 if torch.is_tensor(image) else len(image.getbands())
+    return autoaugment._apply_op(image, name, level, transforms.InterpolationMode.NEAREST, fill=[augment.GREY] * bands)
+
+
+@pytest.mark.parametrize("magnitude", [-1, -5 / 9, 0, 2 / 9, 7 / 9, 1])
+@pytest.mark.parametrize("name", [*OPERATIONS])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_operations_are_torchvisions(name, magnitude, mode):
+    if name in augment.UNSIGNED:
+        magnitude = abs(magnitude)
+    pale = [20 + value * 7 // 8 for value in range(256)]  # so that stretching the contrast shows
+    image = photo().convert(mode).crop((100, 50, 324, 274)).point(pale * len(mode))
+    got = np.array(OPERATIONS[name](image, magnitude))
+    assert np.array_equal(got, np.array(torchvisions(image, name, magnitude)))
+    changes = name in WITHOUT_MAGNITUDE or (magnitude != 0 and name != "identity" and (mode, name) != ("L", "color"))
+    assert (got != np.array(image)).any() == changes
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS])
+def test_operations_agree_with_torchvisions_on_tensors(name):
+    """Which are written without Pillow: equal but for rounding, and for the nearest neighbour of a few pixels."""
+    image = photo().crop((100, 50, 324, 274))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    got = torch.from_numpy(np.array(OPERATIONS[name](image, 7 / 9))).permute(2, 0, 1)
+    difference = (got.int() - torchvisions(pixels, name, 7 / 9).int()).abs()
+    assert (difference > 1).float().mean() < 0.01
+
+
+@pytest.mark.parametrize(("policy", "name"), [(augment.IMAGENET, "IMAGENET"), (augment.CIFAR10, "CIFAR10")])
+def test_policies_are_the_published_ones(policy, name):
+    table = autoaugment.AutoAugment()._get_policies(autoaugment.AutoAugmentPolicy[name])
+    expected = [tuple((op, chance, (level or 0) / 9) for op, chance, level in pair) for pair in table]
+    assert [tuple((TORCHVISIONS_NAMES[op], *rest) for op, *rest in pair) for pair in policy] == expected
+
+
+def test_randaugment_has_the_operations_of_its_paper():
+    ours = {TORCHVISIONS_NAMES[name] for name in augment.RANDAUGMENT}
+    assert ours == set(autoaugment.RandAugment()._augmentation_space(31, (224, 224)))
+    assert len(augment.RANDAUGMENT) == 14
+
+
+@pytest.mark.parametrize("photos", [True, False])
+def test_autoaugment_is_torchvisions_for_the_same_chances(photos, monkeypatch):
+    name = autoaugment.AutoAugmentPolicy.IMAGENET if photos else autoaugment.AutoAugmentPolicy.CIFAR10
+    reference = autoaugment.AutoAugment(name, fill=[augment.GREY] * 3)
+    image = photo().crop((100, 50, 164, 114))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    draws = torch.rand(100, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = augment.apply_policy(pixels.expand(100, -1, -1, -1), "autoaugment", draws, photos=photos)
+    for row, result in zip(draws, got, strict=True):
+        chances = (int(row[0] * 25), row[1:3], (row[3:] >= 0.5).int())
+        monkeypatch.setattr(reference, "get_params", lambda _, chances=chances: chances)
+        difference = np.abs(result.permute(1, 2, 0).numpy().astype(int) - np.array(reference(image)))
+        assert difference.mean() < 0.5  # its magnitudes are rounded to float32
+    assert len({tuple(result.flatten().tolist()) for result in got}) > 20
+
+
+def test_randaugment_does_two_operations_of_magnitude_9_of_30():
+    """Checked where the magnitude shows in a pixel: white solarized, brightened, shifted."""
+    draws = torch.rand(300, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [tuple(augment._randaugment(row, ())) for row in draws]
+    assert all(len(operations) == 2 for operations in chosen)
+    assert {name for operations in chosen for name, _ in operations} == set(augment.RANDAUGMENT)
+    assert {abs(magnitude) for operations in chosen for _, magnitude in operations} == {0.3}
+    negative = {name for operations in chosen for name, magnitude in operations if magnitude < 0}
+    assert negative == set(augment.SIGNED)
+    grey = Image.new("RGB", (331, 4), (100, 100, 100))
+    assert augment.SIGNED["brightness"](grey, 0.3).getpixel((0, 0)) == (127, 127, 127)
+    assert augment.SIGNED["translate_x"](grey, 0.3).getpixel((44, 0)) == (128, 128, 128)
+    assert augment.SIGNED["translate_x"](grey, 0.3).getpixel((45, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("policy", ["autoaugment", "randaugment"])
+def test_policies_are_functions_of_seed_and_step_in_any_shares(policy, tmp_path):
+    split = digits(tmp_path, size=16).train
+    images, labels = train_batch(split, 9, 12, seed=1, augment=policy)
+    standard, same = train_batch(split, 9, 12, seed=1)
+    assert torch.equal(labels, same)
+    assert not torch.equal(images, standard)
+    shares = [train_batch(split, 9, 12, seed=1, augment=policy, rank=rank, num_ranks=3)[0] for rank in range(3)]
+    assert torch.equal(torch.cat(shares), images)
+    torch.manual_seed(5)
+    assert torch.equal(train_batch(split, 9, 12, seed=1, augment=policy)[0], images)
+    assert not torch.equal(train_batch(split, 10, 12, seed=1, augment=policy)[0], images)
+    with contextlib.closing(train_batches(split, 12, seed=1, augment=policy, start_step=9)) as stream:
+        assert torch.equal(next(stream)[0], images)
+
+
+def test_without_augmentation_images_are_as_evaluated(tmp_path):
+    train = digits(tmp_path).train
+    images, labels = train_batch(train, 3, 16, 0, augment="none")
+    others, same = train_batch(train, 3, 16, 0)
+    assert torch.equal(labels, same)
+    assert not torch.equal(images, others)
+    evaluated = {tuple(image.flatten().tolist()) for image in train.load(torch.arange(len(train)))}
+    assert all(tuple(image.flatten().tolist()) in evaluated for image in images)
+
+
+def test_unknown_augmentation():
+    with pytest.raises(InputError, match="augment='cutout' is not one of none, standard, autoaugment, randaugment"):
+        train_batch(numbered(20), 0, 4, 0, augment="cutout")
+
+
+def test_a_recipe_can_name_every_augmentation():
+    recipe = short().to_dict()
+    assert [TrainConfig.from_dict(recipe | {"augment": name}).augment for name in AUGMENTATIONS] == [*AUGMENTATIONS]
+    with pytest.raises(InputError, match="augment"):
+        TrainConfig.from_dict(recipe | {"augment": "cutout"})
+
+
 # -- folders ----------------------------------------------------------------------------------------------------
 
 
@@ -373,7 +610,7 @@ def test_flat_folder(tmp_path):
     assert len(set.union(*files)) == 40
     for part in PARTS:
         split = getattr(data, part)
-        assert [data.classes[label] for label in split.labels] == [Path(file).parent.name for file in split.files]
+        assert [data.classes[label] for label in split.labels] == [Path(file).parent.name for file in split.names]
     assert names(load(root).train) == files[0]
     assert names(load(root, seed=1).train) != files[0]
     assert data.preprocessing.size == 30
@@ -386,9 +623,9 @@ def test_imagenet_style_folder_is_tested_on_val(tmp_path, name):
     fill(tmp_path / name, count=3)
     notices: list[str] = []
     data = load(tmp_path, notice=notices.append)
-    assert {Path(file).parent.parent.name for file in data.test.files} == {name}
+    assert {Path(file).parent.parent.name for file in data.test.names} == {name}
     assert len(data.test) == 6
-    assert {Path(file).parent.parent.name for file in data.validation.files} == {"train"}
+    assert {Path(file).parent.parent.name for file in data.validation.names} == {"train"}
     assert "is the test part" in notices[0]
 
 
@@ -397,7 +634,7 @@ def test_folder_with_all_three_parts(tmp_path):
         fill(tmp_path / part, count=count)
     data = load(tmp_path)
     assert [len(getattr(data, part)) for part in PARTS] == [38, 2, 8, 10]
-    assert {Path(file).parent.parent.name for file in data.validation.files} == {"val"}
+    assert {Path(file).parent.parent.name for file in data.validation.names} == {"val"}
     assert len(load(tmp_path, validation=4).validation) == 4
     with pytest.raises(InputError, match="validation=9 is not between 2, one image a class, and 8"):
         load(tmp_path, validation=9)
@@ -455,21 +692,25 @@ def test_wrong_folder(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
+def evaluated(path: Path, size: int, shorter_side: int | None) -> np.ndarray:
+    return centre(path.read_bytes(), size, shorter_side).permute(1, 2, 0).numpy()
+
+
 @pytest.mark.parametrize("size", [24, 96])
 @pytest.mark.parametrize(
     ("mode", "suffix"),
     [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("L", "png"), ("RGBA", "png"), ("LA", "png"), ("P", "png")],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix, size):
-    path = str(save(tmp_path / f"image.{suffix}", (200, 140), mode=mode))
-    expected = folder.read_centre(str(save(tmp_path / "plain.png", (200, 140))), size, None).astype(float)
+    path = save(tmp_path / f"image.{suffix}", (200, 140), mode=mode)
+    expected = evaluated(save(tmp_path / "plain.png", (200, 140)), size, None).astype(float)
     if mode in ("L", "LA"):
         expected = expected @ [0.299, 0.587, 0.114]  # ITU-R 601, as Pillow weighs
         expected = np.repeat(expected[:, :, None], 3, 2)
-    result = folder.read_centre(path, size, None)
+    result = evaluated(path, size, None)
     assert result.shape == (size, size, 3)
     assert np.abs(result - expected).mean() < 5
-    assert folder.read_crop(path, size, [0.5] * NUM_DRAWS).shape == (size, size, 3)
+    assert random_crop(path.read_bytes(), size, [0.5] * NUM_DRAWS).shape == (3, size, size)
 
 
 def test_sixteen_bits_and_transparent_palettes(tmp_path):
@@ -477,7 +718,7 @@ def test_sixteen_bits_and_transparent_palettes(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     photo().convert("L").save(tmp_path / "8.png")
     photo().convert("P").save(tmp_path / "palette.png", transparency=bytes(range(256)))
-    results = [folder.read_centre(str(tmp_path / f"{name}.png"), 64, 64) for name in ("16", "8", "palette")]
+    results = [evaluated(tmp_path / f"{name}.png", 64, 64) for name in ("16", "8", "palette")]
     assert np.array_equal(results[0], results[1])
     assert results[2].shape == (64, 64, 3)
 
@@ -489,13 +730,13 @@ def test_centre_crop_is_torchvisions(tmp_path, shape):
     reference = transforms.Compose([transforms.Resize(110, bicubic), transforms.CenterCrop(96)])
     with Image.open(path) as image:
         expected = np.array(reference(image))
-    assert np.array_equal(folder.read_centre(str(path), 96, 110), expected)
+    assert np.array_equal(evaluated(path, 96, 110), expected)
 
 
 def test_random_crops_of_photos(tmp_path):
     draws = torch.rand(500, NUM_DRAWS, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
     for width, height in ((500, 375), (100, 1000)):
-        boxes = np.array([folder.crop_box(width, height, row) for row in draws])
+        boxes = np.array([crop_box(width, height, row) for row in draws])
         widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
         assert boxes.min() >= 0
         assert (boxes[:, 2] <= width + 1e-9).all()
@@ -511,9 +752,11 @@ def test_random_crop_shows_its_box(tmp_path, suffix):
     path = tmp_path / f"photo.{suffix}"
     photo().save(path, quality=95)
     row = [0.3, 0.6, 0.2, 0.9, 0.4]  # a large box, for which the JPEG decoder shrinks; mirrored
-    expected = photo().resize((96, 96), Image.Resampling.BICUBIC, box=folder.crop_box(*photo().size, row))
-    got = folder.read_crop(str(path), 96, row)
-    assert np.abs(got.astype(float) - np.array(expected)[:, ::-1]).mean() < (0.01 if suffix == "png" else 4)
+    box = [round(edge) for edge in crop_box(*photo().size, row)]
+    expected = np.array(photo().crop(box).resize((96, 96), Image.Resampling.BICUBIC))[:, ::-1]
+    got = random_crop(path.read_bytes(), 96, row).permute(1, 2, 0).numpy()
+    difference = np.abs(got.astype(float) - expected)
+    assert difference.max() <= 1 if suffix == "png" else difference.mean() < 4
 
 
 @pytest.mark.parametrize("size", [24, 96])
@@ -533,11 +776,11 @@ def test_evaluated_images_are_the_same_kept_or_not(tmp_path, monkeypatch):
     indices = torch.tensor([5, 2, 5])
     first = kept.load(indices)
     assert kept._is_kept.sum() == 2
-    monkeypatch.setattr(folder, "KEPT_BYTES", 0)
+    monkeypatch.setattr("hwnas.data.images.KEPT_BYTES", 0)
     split = load(tmp_path).train
     assert split._kept is None
     assert torch.equal(split.load(indices), first)
-    for file in kept.files:
+    for file in kept.names:
         Path(file).unlink()
     assert torch.equal(kept.load(indices), first)
 
@@ -546,13 +789,344 @@ def test_evaluated_images_are_the_same_kept_or_not(tmp_path, monkeypatch):
 def test_an_image_that_is_cut_short_is_named_when_met(tmp_path, size):
     fill(tmp_path, size=(150, 120))
     data = load(tmp_path, size=size)
-    path = Path(data.train.files[3])
+    path = Path([*data.train.names][3])
     path.write_bytes(path.read_bytes()[:2000])
     fresh = data.train.subset(torch.arange(len(data.train)), data.preprocessing)
     for generator in (None, torch.Generator().manual_seed(0)):
         with pytest.raises(InputError, match=rf"{path}: cannot be read as an image \(.*\): replace or remove it"):
             fresh.load(torch.arange(6), generator)
     assert fresh.load(torch.tensor([1, 2])).shape == (2, 3, size, size)
+
+
+def test_other_pictures_than_plain_ones(tmp_path):
+    """EXIF rotation, animations, 16 bits in 32, and text beyond the end."""
+    plain = save(tmp_path / "plain.jpg", (200, 140))
+    expected = evaluated(plain, 64, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    photo().crop((0, 0, 200, 140)).save(tmp_path / "turned.jpg", exif=exif)
+    assert np.array_equal(evaluated(tmp_path / "turned.jpg", 64, 64), expected)
+    (tmp_path / "longer.jpg").write_bytes(plain.read_bytes() + b"</html>")
+    assert np.array_equal(evaluated(tmp_path / "longer.jpg", 64, 64), expected)
+    frames = [photo().crop((left, 0, left + 200, 140)) for left in (0, 300)]
+    frames[0].save(tmp_path / "still.png")
+    for suffix in ("png", "webp"):
+        frames[0].save(tmp_path / f"moving.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+        still = evaluated(tmp_path / "still.png", 64, 64)
+        assert np.array_equal(evaluated(tmp_path / f"moving.{suffix}", 64, 64), still)
+    grey = np.array(photo().convert("L"))
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    header = f"P5 {grey.shape[1]} {grey.shape[0]} 65535\n".encode()
+    (tmp_path / "16.pgm").write_bytes(header + (grey.astype(">u2") * 257).tobytes())  # Pillow's mode I
+    assert np.array_equal(evaluated(tmp_path / "16.pgm", 64, 64), evaluated(tmp_path / "8.png", 64, 64))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_images_are_decoded_small(tmp_path, monkeypatch):
+    path = tmp_path / "huge.jpg"
+    photo().resize((12_000, 9_000), Image.Resampling.NEAREST).save(path)
+    resized, decoded = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda image, *args: decoded.append(image.size) or resized(image, *args))
+    small = photo().resize((112, 84))
+    small.save(tmp_path / "small.png")
+    got = evaluated(path, 84, 84)
+    assert max(decoded[0]) <= 1500
+    assert np.abs(got.astype(float) - evaluated(tmp_path / "small.png", 84, 84)).mean() < 5
+    assert random_crop(path.read_bytes(), 96, [0.5] * NUM_DRAWS).shape == (3, 96, 96)
+
+
+def test_an_image_too_large_for_any_memory_is_named(tmp_path):
+    fill(tmp_path)
+    content = bytearray((tmp_path / "cat" / "0.png").read_bytes())
+    content[16:24] = struct.pack(">II", 30_000, 30_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    (tmp_path / "cat" / "0.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"cat/0\.png: .* \(Image size \(900000000 pixels\) exceeds limit"):
+        load(tmp_path)
+
+
+def test_all_bad_images_are_found_at_once(tmp_path, monkeypatch):
+    fill(tmp_path, count=10)
+    data = load(tmp_path)
+    bad = sorted([*data.train.names][:3] + [*data.test.names][:1])
+    Path(bad[0]).write_bytes(b"")
+    Path(bad[1]).unlink()
+    for path in map(Path, bad[2:]):
+        path.write_bytes(path.read_bytes()[:-300])
+    reports = []
+    problems = unreadable(data.train, data.test, digits(tmp_path).train, report=lambda *report: reports.append(report))
+    assert sorted(problem.split(": ")[0] for problem in problems) == bad
+    assert all("replace or remove it" in problem for problem in problems)
+    total = len(data.train) + len(data.test)
+    assert reports == [(total, total, "4 cannot be read")]
+
+
+def test_fingerprint_tells_other_images(tmp_path):
+    fill(tmp_path / "a", count=100)
+    train = load(tmp_path / "a").train
+    fingerprint = train.fingerprint()
+    assert load(tmp_path / "a", size=12).train.fingerprint() == fingerprint
+    assert load(tmp_path / "a", seed=1).train.fingerprint() != fingerprint
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load(tmp_path / "b").train.fingerprint() == fingerprint
+    first = Path(next(iter(load(tmp_path / "b").train.names)))
+    save(first, (40, 30), seed=9)
+    assert load(tmp_path / "b").train.fingerprint() != fingerprint
+    parts = [getattr(digits(tmp_path), part).fingerprint() for part in PARTS]
+    assert len(set(parts)) == 4
+    assert [getattr(digits(tmp_path), part).fingerprint() for part in PARTS] == parts
+
+
+def test_paths_survive_lying_in_one_piece(tmp_path):
+    paths = [f"/data/train/n{number % 1000:08}/ä{number}.jpg" for number in range(20_000)]
+    files = FileImages(paths)
+    assert [files.name(index) for index in range(len(files))] == paths
+    assert len(files) == 20_000
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------
+
+
+def write_parquet(
+    path: Path,
+    labels: list,
+    *,
+    names=None,
+    struct=True,
+    columns=("image", "label"),
+    start=0,
+    edit=lambda images: images,
+) -> list[bytes]:
+    """Images as Hugging Face's datasets store them, in row groups of 7."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    encoded = []
+    for number in range(len(labels)):
+        target = io.BytesIO()
+        photo().crop((start + number, number, start + number + 40, number + 30)).save(target, "PNG")
+        encoded.append(target.getvalue())
+    images = edit(list(encoded))
+    rows = [{"bytes": data, "path": f"{number}.png"} for number, data in enumerate(images)] if struct else images
+    table = pyarrow.table(dict(zip(columns, (rows, labels), strict=True)))
+    if names:
+        features = {columns[1]: {"names": names, "_type": "ClassLabel"}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=7)
+    return encoded
+
+
+def stored(split: ImageSplit) -> list[bytes]:
+    return [split.stored(index) for index in range(len(split))]
+
+
+@pytest.mark.parametrize("layout", ["data/{}-0000{}-of-00002.parquet", "{}/000{}.parquet", "{}-{}.parquet"])
+def test_parquet_as_hugging_face_lays_it_out(tmp_path, layout):
+    root, notices = tmp_path / "pets", []
+    first = write_parquet(root / layout.format("train", 0), [0, 1] * 10, names=["cat", "dog"])
+    second = write_parquet(root / layout.format("train", 1), [1, 0] * 12, names=["cat", "dog"], start=100)
+    tested = write_parquet(root / layout.format("test", 0), [0, 1, 1], names=["cat", "dog"], start=200)
+    data = load_dataset(root, cache=tmp_path / "cache", notice=notices.append)
+    assert (data.name, data.classes) == ("pets", ("cat", "dog"))
+    assert [len(getattr(data, part)) for part in PARTS] == [38, 2, 4, 3]
+    label_of = dict(zip([*first, *second], [0, 1] * 10 + [1, 0] * 12, strict=True))
+    for part in PARTS[:3]:
+        split = getattr(data, part)
+        assert [label_of.pop(image) for image in stored(split)] == split.labels.tolist()
+    assert stored(data.test) == tested
+    assert "copying the images of pets" in notices[0]
+    again = load_dataset(root, cache=tmp_path / "cache", notice=pytest.fail)
+    assert torch.equal(again.train.load(torch.arange(38)), data.train.load(torch.arange(38)))
+    write_parquet(root / layout.format("test", 0), [0, 1], names=["cat", "dog"])
+    assert len(load_dataset(root, cache=tmp_path / "cache", notice=notices.append).test) == 2
+    assert len(notices) == 2  # other files, another copy
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(["b", "a"] * 15, ("a", "b")), ([5, 10] * 15, ("5", "10")), ([0, 1] * 15, ("0", "1"))],
+)
+@pytest.mark.parametrize("columns", [("image", "label"), ("img", "fine_label")])
+def test_a_single_parquet_file(tmp_path, labels, classes, columns):
+    path = tmp_path / "flowers.parquet"
+    images = write_parquet(path, labels, struct=False, columns=columns)
+    data = load_dataset(str(path), cache=tmp_path, notice=lambda line: None)
+    assert (data.name, data.classes) == ("flowers", classes)
+    for image, label in zip(stored(data.train), data.train.labels, strict=True):
+        assert str(labels[images.index(image)]) == classes[label]
+
+
+def test_parquet_gives_the_pixels_of_files(tmp_path):
+    labels = [0, 1] * 30
+    images = write_parquet(tmp_path / "data" / "train.parquet", labels, names=["cat", "dog"])
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        file = tmp_path / "folder" / ("cat", "dog")[label] / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image)
+    packed = load_dataset(tmp_path / "data", cache=tmp_path, notice=lambda line: None)
+    folder = load_dataset(tmp_path / "folder", cache=tmp_path)
+    place = {image: index for index, image in enumerate(stored(folder.train))}
+    both = [(index, place[image]) for index, image in enumerate(stored(packed.train)) if image in place]
+    ours, theirs = (torch.tensor(indices) for indices in zip(*both, strict=True))
+    assert len(both) > 20
+    assert torch.equal(packed.train.load(ours), folder.train.load(theirs))
+
+
+def test_hugging_faces_test_part_without_labels_is_ignored(tmp_path):
+    for part, labels in {"train": [0, 1] * 20, "validation": [0, 1] * 2, "test": [-1] * 4}.items():
+        write_parquet(tmp_path / "in1k" / f"{part}-00000-of-00001.parquet", labels, names=["cat", "dog"])
+    notices: list[str] = []
+    data = load_dataset(tmp_path / "in1k", cache=tmp_path, notice=notices.append)
+    assert len(data.test) == 4
+    assert data.test.labels.tolist() == [0, 1, 0, 1]
+    assert "test is ignored: it has no labels" in notices[0]
+    assert any("the validation part is the test part" in notice for notice in notices)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"no Parquet"), "train.parquet: is damaged, or no Parquet file"),
+        (
+            lambda path: write_parquet(path, [0, 1], columns=("photo", "label")),
+            "no column 'image' or 'img', but photo, ",
+        ),
+        (lambda path: write_parquet(path, [0, 1], columns=("image", "y")), "no column 'label' or .*, but image, y"),
+        (lambda path: write_parquet(path, [0] * 20), "has only one class, '0'"),
+        (lambda path: write_parquet(path, [0, 2] * 9, names=["a", "b"]), "train, row 1 has the label 2, which is none"),
+        (lambda path: write_parquet(path, [0, None] * 9), "train, row 1 has the label None"),
+        (
+            lambda path: write_parquet(path, [[0], [1]] * 9),
+            r"the column 'label' has \[0\], which is no integer or string",
+        ),
+        (lambda path: write_parquet(path, [], names=["a", "b"]), "data: train has no images"),
+        (
+            lambda path: write_parquet(path, [0, 1] * 9, edit=lambda images: [*images[:11], None, *images[12:]]),
+            r"train.parquet: row 11 has no bytes in the column 'image'",
+        ),
+        (
+            lambda path: write_parquet(path, [0, 1] * 9, edit=lambda images: [*images[:11], b"x", *images[12:]]),
+            r"train, row 11: cannot be read as an image \(no image\)",
+        ),
+        (lambda path: write_parquet(path.with_name("test-0.parquet"), [0, 1]), "files of test, but none of train"),
+    ],
+)
+def test_wrong_parquet(tmp_path, make, message):
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data" / "train.parquet")
+    with pytest.raises(InputError, match=message) as error:
+        load_dataset(tmp_path / "data", cache=tmp_path / "cache", notice=lambda line: None)
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_without_pyarrow_or_room(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "data" / "train.parquet", [0, 1] * 20)
+    full = shutil.disk_usage(tmp_path)._replace(free=1_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(InputError, match=r"cache: has 0\.0 GB free, but data takes 0\.0: make room"):
+        load_dataset(tmp_path / "data", cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.setattr("hwnas.data.parquet.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs pyarrow: pip install 'hwnas\[parquet\]'"):
+        load_dataset(tmp_path / "data", cache=tmp_path)
+
+
+# -- datasets of PyTorch ----------------------------------------------------------------------------------------
+
+
+class Pictures:
+    """A map-style dataset of 40 pieces of the photo."""
+
+    def __init__(self, convert=lambda image: image, *, num_images: int = 40):
+        self.convert, self.num_images, self.read = convert, num_images, 0
+
+    def __len__(self):
+        return self.num_images
+
+    def __getitem__(self, index):
+        self.read += 1
+        return self.convert(photo().crop((index, index, index + 40, index + 30))), index % 2
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("convert", [np.array, to_tensor, lambda image: image.convert("RGBA")])
+def test_every_kind_of_pixels_is_the_same(tmp_path, convert):
+    expected = load_dataset(Pictures(), cache=tmp_path, notice=lambda line: None)
+    data = load_dataset(Pictures(convert), cache=tmp_path, notice=lambda line: None)
+    assert (data.name, data.classes, data.preprocessing) == ("Pictures", ("0", "1"), expected.preprocessing)
+    for part in PARTS:
+        ours, theirs = getattr(data, part), getattr(expected, part)
+        assert torch.equal(ours.load(torch.arange(len(ours))), theirs.load(torch.arange(len(theirs))))
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda image: image.convert("L"),
+        lambda image: np.array(image.convert("L")),
+        lambda image: np.array(image.convert("L"))[:, :, None],
+        lambda image: torch.from_numpy(np.array(image.convert("L"))),
+        lambda image: torch.from_numpy(np.array(image.convert("L")))[None],
+    ],
+)
+def test_grey_datasets(tmp_path, convert):
+    image = load_dataset(Pictures(convert), cache=tmp_path, notice=lambda line: None, size=30).train.load(
+        torch.arange(1)
+    )
+    assert torch.equal(image[:, 0], image[:, 2])
+
+
+def test_parts_subsets_and_lists_of_labels(tmp_path):
+    whole = Pictures(num_images=60)
+    whole.targets = [index % 2 for index in range(60)]
+    whole.classes = ["cat", "dog"]
+    train, tested = Subset(whole, range(0, 50)), Subset(whole, range(50, 60))
+    notices: list[str] = []
+    data = load_dataset({"train": Subset(train, range(40)), "val": tested}, cache=tmp_path, notice=notices.append)
+    assert [len(getattr(data, part)) for part in PARTS] == [34, 2, 4, 10]
+    assert data.classes == ("cat", "dog")
+    assert data.test.labels.tolist() == [0, 1] * 5
+    assert all("for their labels" not in notice for notice in notices)
+    whole.targets = [1 - label for label in whole.targets]  # as a target_transform does to the list
+    data = load_dataset({"train": train, "test": tested}, cache=tmp_path, notice=notices.append)
+    assert data.test.labels.tolist() == [0, 1] * 5
+    assert "train: reading all 50 images for their labels" in notices[-2]
+
+
+def test_image_folder_of_torchvision_gives_our_pixels(tmp_path):
+    fill(tmp_path / "pets", count=20)
+    ours = load(tmp_path / "pets")
+    theirs = load_dataset(ImageFolder(tmp_path / "pets"), cache=tmp_path, notice=pytest.fail)
+    assert theirs.classes == ours.classes
+    assert theirs.preprocessing == ours.preprocessing
+    assert torch.equal(theirs.train.load(torch.arange(26)), ours.train.load(torch.arange(26)))
+    as_dicts = [{"image": image, "label": label} for image, label in ImageFolder(tmp_path / "pets")]
+    named = load_dataset(as_dicts, cache=tmp_path, notice=lambda line: None)
+    assert torch.equal(named.train.load(torch.arange(26)), ours.train.load(torch.arange(26)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"test": Pictures()}, "the parts 'test' are not 'train' and perhaps"),
+        ({"train": Pictures(), "dev": Pictures()}, "the parts 'train', 'dev' are not"),
+        ({"train": iter([])}, "train is list_iterator, which is no map-style dataset"),
+        (Pictures(num_images=0), "train has no images"),
+        (Pictures(lambda image: to_tensor(image) / 255), r"train\[0\]: is torch.float32 \(3, 30, 40\), but .* uint8"),
+        (Pictures(lambda image: "x.jpg"), r"train\[0\]: is str \(\), but"),
+        ([1, 2], r"train\[0\] is not an image and its label, but int"),
+        ([(photo(), "cat")], r"train\[0\] has the label 'cat', which is no integer"),
+        ([(photo(), -1), (photo(), 1)], "labels go from -1 to 1, but there are 2 classes, counted from 0"),
+        ([(photo(), 0)] * 9, "has only one class, '0'"),
+    ],
+)
+def test_wrong_datasets(tmp_path, data, message):
+    with pytest.raises(InputError, match=message):
+        load_dataset(data, cache=tmp_path, notice=lambda line: None)
 
 
 # -- named data sets --------------------------------------------------------------------------------------------
@@ -770,16 +1344,3 @@ def test_the_real_fashion_mnist(tmp_path):
     assert data.test.labels.bincount().tolist() == [1_000] * 10
     assert data.preprocessing.mean == pytest.approx((0.286,), abs=0.005)  # as widely published
     assert data.preprocessing.std == pytest.approx((0.353,), abs=0.005)
-
-
-def test_augmentation_can_be_left_out(tmp_path: Path) -> None:
-    plain = load_dataset("digits", cache=tmp_path, augment=False)
-    augmented = load_dataset("digits", cache=tmp_path)
-    pixels, labels = train_batch(plain.train, 3, 16, 0)
-    others, same = train_batch(augmented.train, 3, 16, 0)
-    assert torch.equal(labels, same)
-    assert not torch.equal(pixels, others)
-    as_evaluated = [
-        p for p in pixels if any(torch.equal(p, image) for image in plain.train.load(torch.arange(len(plain.train))))
-    ]
-    assert len(as_evaluated) == 16

@@ -1,10 +1,14 @@
-"""Labelled images, from a folder or a named data set, as honest splits and reproducible batches."""
+"""Labelled images, from a folder, Parquet files, PyTorch or by name, as honest splits and reproducible batches."""
 
+from hwnas.data.augment import AUGMENTATIONS, Augmentation
 from hwnas.data.batches import batches, steps_per_epoch, train_batch, train_batches
+from hwnas.data.images import unreadable
 from hwnas.data.load import load_dataset
 from hwnas.data.splits import Dataset, Preprocessing, Split, TensorSplit, resize
 
 __all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
     "Dataset",
     "Preprocessing",
     "Split",
@@ -15,4 +19,5 @@ __all__ = [
     "steps_per_epoch",
     "train_batch",
     "train_batches",
+    "unreadable",
 ]

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hwnas.data.splits import NUM_DRAWS, Split, resize
+from hwnas.data.augment import NUM_POLICY_DRAWS, Augmentation, apply_policy, check_augmentation
+from hwnas.data.splits import NUM_DRAWS, PHOTO_SIZE, Split, resize
+from hwnas.data.workers import Workers, num_available
 from hwnas.errors import InputError
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 # Kinds of random numbers, so that the same seed and number give unrelated ones.
-_ORDER, _AUGMENTATION = range(2)
+_ORDER, _AUGMENTATION, _POLICY = range(3)
 
 
 def batches(
@@ -54,7 +56,14 @@ def steps_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def train_batch(
-    split: Split, step: int, batch_size: int, seed: int, *, augment: str = "standard", rank: int = 0, num_ranks: int = 1
+    split: Split,
+    step: int,
+    batch_size: int,
+    seed: int,
+    *,
+    augment: Augmentation = "standard",
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The batch of a training step, augmented. Everything random is a pure function of (seed, step).
 
@@ -63,7 +72,8 @@ def train_batch(
         step: counted from 0 over the whole training; every `steps_per_epoch` steps begin a new order.
         batch_size: images of all processes together.
         seed: at least 0.
-        augment: whether, and how.
+        augment: "none": as evaluated. "standard": a random crop and flip, see the kinds of `Split`.
+            "autoaugment", "randaugment": that, and then the policy of `hwnas.data.augment`.
         rank: which process asks. The batches of all ranks, one after the other, are the batch of one process.
         num_ranks: number of processes.
 
@@ -71,17 +81,13 @@ def train_batch(
         Images (n, channels, size, size) uint8 and labels (n,) int64, with n = batch_size / num_ranks.
 
     Raises:
-        InputError: the batch is larger than the split or does not divide among the processes, or an image
-            cannot be read.
+        InputError: the batch is larger than the split or does not divide among the processes, there is no such
+            augmentation, or an image cannot be read.
     """
-    if batch_size % num_ranks:
-        raise InputError(f"batch size {batch_size} does not divide among {num_ranks} processes: use a multiple")
-    epoch, position = divmod(step, steps_per_epoch(split, batch_size))
-    share = slice(rank * batch_size // num_ranks, (rank + 1) * batch_size // num_ranks)
-    indices = _order(len(split), seed, epoch)[position * batch_size : (position + 1) * batch_size][share]
-    generator = _generator(seed, _AUGMENTATION, step)
-    draws = torch.rand(batch_size, NUM_DRAWS, dtype=torch.float64, generator=generator)[share]
-    return split.pixels(indices, draws if augment != "none" else None), split.labels[indices]
+    check_augmentation(augment)
+    start, stop = _share(batch_size, rank, num_ranks)
+    indices = _indices(split, step, batch_size, seed)[start:stop]
+    return _images(split, step, batch_size, seed, augment, start, stop), split.labels[indices]
 
 
 def train_batches(
@@ -89,20 +95,77 @@ def train_batches(
     batch_size: int,
     seed: int,
     *,
+    augment: Augmentation = "standard",
     start_step: int = 0,
-    augment: str = "standard",
     rank: int = 0,
     num_ranks: int = 1,
+    workers: int | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """The batches of `train_batch` from `start_step` on, endless, prepared ahead in one background thread.
+    """The batches of `train_batch` from `start_step` on, endless, prepared ahead.
 
-    Its `close()` (or `contextlib.closing`) ends the thread. What `train_batch` raises is raised here.
+    Its `close()` (or `contextlib.closing`) ends the processes and the thread that prepare them. What `train_batch`
+    raises is raised here.
+
+    The images are prepared by `workers` processes, or by one thread where that is 0. By default, images that are
+    decoded for every step take this process's share of the processors; images in memory a thread, and likewise
+    "none", which keeps what it can in memory. Where processes cannot be forked safely (not Linux), all take a thread.
     """
+    check_augmentation(augment)
+    start, stop = _share(batch_size, rank, num_ranks)
+    if workers is None:
+        in_processes = split.decodes and augment != "none" and num_available() > 0
+        workers = max(1, num_available() // num_ranks) if in_processes else 0
+    if workers == 0:
+        return _ahead(
+            lambda step: train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks),
+            count(start_step),
+        )
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        return train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks)
+    def fill(step: int, first: int, end: int) -> Tensor:
+        split.threads = 1  # in the worker's own copy
+        return _images(split, step, batch_size, seed, augment, start + first, start + end)
 
-    return _ahead(batch, count(start_step))
+    def prepared() -> Generator[tuple[Tensor, Tensor], None, None]:
+        preprocessing = split.preprocessing
+        shape = stop - start, preprocessing.channels, preprocessing.size, preprocessing.size
+        with Workers(fill, shape, first_step=start_step, num_workers=workers) as processes:
+
+            def batch(step: int) -> tuple[Tensor, Tensor]:
+                indices = _indices(split, step, batch_size, seed)[start:stop]
+                return processes.next(), split.labels[indices]
+
+            yield from _ahead(batch, count(start_step))
+
+    return prepared()
+
+
+def _share(batch_size: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """First image and end of a process's part of each batch."""
+    if batch_size % num_ranks:
+        raise InputError(f"batch size {batch_size} does not divide among {num_ranks} processes: use a multiple")
+    return rank * batch_size // num_ranks, (rank + 1) * batch_size // num_ranks
+
+
+def _indices(split: Split, step: int, batch_size: int, seed: int) -> Tensor:
+    """(batch_size,) int64, which images the batch of a step has."""
+    epoch, position = divmod(step, steps_per_epoch(split, batch_size))
+    return _order(len(split), seed, epoch)[position * batch_size : (position + 1) * batch_size]
+
+
+def _images(
+    split: Split, step: int, batch_size: int, seed: int, augment: Augmentation, start: int, stop: int
+) -> Tensor:
+    """The images `start` to `stop` of the batch of a step."""
+
+    def draws(kind: int, number: int) -> Tensor:
+        """(stop - start, number) in [0, 1), drawn for the whole batch so that they are the same in any part of it."""
+        generator = _generator(seed, kind, step)
+        return torch.rand(batch_size, number, dtype=torch.float64, generator=generator)[start:stop]
+
+    indices = _indices(split, step, batch_size, seed)[start:stop]
+    images = split.pixels(indices, None if augment == "none" else draws(_AUGMENTATION, NUM_DRAWS))
+    photos = split.preprocessing.size >= PHOTO_SIZE
+    return apply_policy(images, augment, draws(_POLICY, NUM_POLICY_DRAWS), photos=photos)
 
 
 def _ahead(make: Callable[[T], U], arguments: Iterable[T], num_ahead: int = 2) -> Generator[U, None, None]:
@@ -119,7 +182,7 @@ def _ahead(make: Callable[[T], U], arguments: Iterable[T], num_ahead: int = 2) -
         worker.shutdown(cancel_futures=True)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _order(num_images: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch; remembered, as each step needs a little of it (ImageNet's takes 20 ms to make)."""
     return torch.randperm(num_images, generator=_generator(seed, _ORDER, epoch))

@@ -17,7 +17,9 @@ from torch import Tensor
 from hwnas.data import fashion_mnist
 from hwnas.data.folder import open_folder
 from hwnas.data.named import TORCHVISION, open_digits, open_torchvision
+from hwnas.data.parquet import find_parquet, open_parquet
 from hwnas.data.splits import Dataset, Preprocessing, Source, Split, plain
+from hwnas.data.torch_dataset import TorchDatasets, open_torch
 from hwnas.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ NUM_MEASURED = 1_000  # training images that mean and standard deviation are mea
 
 
 def load_dataset(
-    name_or_path: str | Path,
+    data: str | Path | TorchDatasets,
     *,
     cache: Path,
     size: int | None = None,
@@ -42,33 +44,33 @@ def load_dataset(
     calibration: int | None = None,
     download: bool = True,
     limit: int | None = None,
-    augment: bool = True,
     notice: Callable[[str], None] = _log.warning,
 ) -> Dataset:
     """Load a data set and cut it into train, calibration, validation and test.
 
-    A folder has `train/<class>/*.jpg` and perhaps `val` and `test`, or just `<class>/*.jpg`. The test part is
-    the data's own; where it has none, a fifth of the images is cut off. A folder with `val` and no `test` is
+    A folder has `train/<class>/*.jpg` and perhaps `val` and `test`, or just `<class>/*.jpg`; or Parquet files as
+    Hugging Face stores them, see `open_parquet`; or a dataset of PyTorch is given, see `open_torch`. The test part
+    is the data's own; where it has none, a fifth of the images is cut off. Data with `val` and no `test` is
     tested on `val`, as is usual with ImageNet. Validation and calibration images are taken off the training
     images. Every part has every class, and the cut depends only on the images, the numbers asked for and the
     seed.
 
     Args:
-        name_or_path: one of `NAMES`, or a folder.
-        cache: folder for downloads.
+        data: one of `NAMES`, a folder, a Parquet file, or a map-style dataset of PyTorch that gives images and
+            labels; or {"train": dataset, "test": dataset}, perhaps with "validation".
+        cache: folder for downloads, and for the images of Parquet files.
         size: side of the square images, pixels; by default that of the images, at most 224 for folders.
         seed: of the cut.
         validation: number of images, by default a tenth of the training images, at most 5,000.
         calibration: number of images, by default a twentieth, at most 2,048.
         download: whether the network may be used.
         limit: most training images, for quick tests; the other parts are not affected.
-        augment: whether training images are augmented; a training of an epoch or two learns more without.
         notice: is told, a line at a time, what the user should know.
 
     Raises:
         InputError: the data is not there, not to be had, or not as described; one line with the remedy.
     """
-    source = _open(name_or_path, cache, download=download, notice=notice)
+    source = _open(data, cache, download=download, notice=notice)
     num_images, num_classes = len(source.train), len(source.classes)
 
     def default(share: float, most: int) -> int:
@@ -93,7 +95,6 @@ def load_dataset(
         most = min(MOST_VALIDATION, len(source.validation)) if validation is None else validation
         indices = cut(source.validation.labels, {"validation": most}, source.classes, seed, keep=0)[0]
         splits["validation"] = source.validation.subset(indices, preprocessing)
-    splits["train"].augment = augment
     return Dataset(source.name, source.classes, preprocessing, **splits)
 
 
@@ -107,22 +108,26 @@ def _measure(source: Source, train: Tensor, size: int | None) -> Preprocessing:
     return replace(bare, mean=mean, std=std)
 
 
-def _open(name_or_path: str | Path, cache: Path, *, download: bool, notice: Callable[[str], None]) -> Source:
-    name = str(name_or_path).lower().replace("_", "-")
-    if isinstance(name_or_path, str) and name in NAMES:
+def _open(data: str | Path | TorchDatasets, cache: Path, *, download: bool, notice: Callable[[str], None]) -> Source:
+    if not isinstance(data, str | Path):
+        return open_torch(data, notice)
+    name = str(data).lower().replace("_", "-")
+    if isinstance(data, str) and name in NAMES:
         if name == fashion_mnist.NAME:
             return fashion_mnist.open_fashion_mnist(cache, download=download, notice=notice)
         return open_digits() if name == "digits" else open_torchvision(name, cache, download=download, notice=notice)
-    path = Path(name_or_path).expanduser()
+    path = Path(data).expanduser()
+    if find_parquet(path):
+        return open_parquet(path, cache, notice)
     if path.is_dir():
         return open_folder(path, notice)
     if path.exists():
-        raise InputError(f"{path} is a file: name the folder that holds one folder of images a class")
-    if isinstance(name_or_path, Path) or os.sep in name_or_path:
+        raise InputError(f"{path} is a file, not of Parquet: name the folder that holds one folder of images a class")
+    if isinstance(data, Path) or os.sep in data:
         raise InputError(f"no such folder: {path}")
     close = difflib.get_close_matches(name, NAMES, n=1)
     raise InputError(
-        f"unknown data set {name_or_path!r}: no such folder, and not one of {', '.join(NAMES)}"
+        f"unknown data set {data!r}: no such folder, and not one of {', '.join(NAMES)}"
         f"{f'; did you mean {close[0]}?' if close else ''}"
     )
 

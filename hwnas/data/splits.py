@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,10 @@ from hwnas.errors import InputError
 # Random numbers that augmenting one image takes: top, left, flip, area, aspect ratio. All are in [0, 1).
 NUM_DRAWS = 5
 TOP, LEFT, FLIP, AREA, RATIO = range(NUM_DRAWS)
+
+PHOTO_SIZE = 96  # from this size on images are photos: the centre is evaluated, random parts are trained on
+
+NUM_FINGERPRINTED = 64  # images
 
 RESIZED_BYTES = 256 * 2**20  # what a split keeps of its images as float32, at all resolutions together
 
@@ -59,18 +64,20 @@ class Preprocessing:
 class Split(ABC):
     """One part of a data set. Its pixels are bytes until `resize`.
 
-    A new kind of storage implements `pixels` and `subset`; everything else is built on them.
+    A new kind of storage implements `pixels`, `subset` and `stored`; everything else is built on them.
 
     Attributes:
         labels: (num_images,) int64.
         preprocessing: what its images have gone, and will go, through.
-        augment: whether training batches are augmented; a short training learns more without.
+        threads: how many `pixels` uses.
+        decodes: whether it decodes images each time they are trained on, which worker processes should do.
     """
 
     def __init__(self, labels: Tensor, preprocessing: Preprocessing) -> None:
         self.labels = labels
         self.preprocessing = preprocessing
-        self.augment = True
+        self.threads = 1
+        self.decodes = False
         self._resized: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
 
     def __len__(self) -> int:
@@ -94,6 +101,21 @@ class Split(ABC):
     @abstractmethod
     def subset(self, indices: Tensor, preprocessing: Preprocessing) -> Split:
         """The images at `indices` as a split of their own."""
+
+    @abstractmethod
+    def stored(self, index: int) -> bytes:
+        """An image as it is stored, for `fingerprint`."""
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell these images, in this order, from others.
+
+        Of all labels, and of what is stored for 64 images spread over the split: an image that is added or removed
+        shifts them. Preprocessing and place do not matter.
+        """
+        digest = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=8)
+        for index in torch.linspace(0, len(self) - 1, min(NUM_FINGERPRINTED, len(self))).long().tolist():
+            digest.update(self.stored(index))
+        return digest.hexdigest()
 
     def load(self, indices: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The images at `indices`, (n, channels, size, size) uint8; with a generator, augmented by it."""
@@ -154,6 +176,10 @@ class TensorSplit(Split):
         if draws is not None:
             images = shift_and_flip(images, draws, pad=self.pad, flip=self.flip)
         return resize_bytes(images, self.preprocessing.size)
+
+    def stored(self, index: int) -> bytes:
+        """See `Split`."""
+        return self.images[index].numpy().tobytes()
 
     def subset(self, indices: Tensor, preprocessing: Preprocessing) -> TensorSplit:
         """A copy of the images at `indices` as a split of their own."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from hwnas.errors import InputError
 
@@ -110,8 +112,8 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         return
     # After a restart, torch 2.14's elastic agent may serve the store of the attempt before: a process would then be
     # told a dead one's address, and wait for it. So each attempt has its own part of the store.
-    found, _, _ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
+    found, _, _ = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, device_id=here if cuda else None)
     try:

@@ -81,6 +81,7 @@ class Trainer:
         self._gradients = FlatGradients(self.supernet, extra=len(config.children))
         self._objective = Objective(space, config, self.processes)
         self._watch = Watch(data, watch or {"smallest": space.smallest(), "biggest": space.largest()}, config)
+        self._fingerprint = data.train.fingerprint()
         self.step = 0
         self.evaluations: list[Evaluation] = []
         self.steps_per_epoch = steps_per_epoch(data.train, config.batch_size)
@@ -301,7 +302,7 @@ class Trainer:
         return ", ".join(f"{role} {loss:.3f}" for role, loss in self._by_role(losses).items())
 
     def _data_identity(self) -> str:
-        return f"{self.data.name}: {len(self.data.train)} images, {self.data.preprocessing}"
+        return f"{self.data.name}: {len(self.data.train)} images ({self._fingerprint}), {self.data.preprocessing}"
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that training changes, by its name in a checkpoint."""

@@ -1,6 +1,6 @@
 """Profiling and the latency predictor on this machine's processor.
 
-    python benchmarks/profile.py
+    python benchmarks/profiling.py
 
 For the demo's space and for `bignas`: fits the predictor to spread children, tests it on fresh random ones, measures
 some of the children a second time from nothing, and reports what writing and measuring a child takes.
