@@ -30,7 +30,7 @@ STANDS_ON = {
     "weights": ["errors", "files"],
     "supernet": ["network", "weights"],
     # training it
-    "data": ["errors"],
+    "data": ["errors", "files"],
     "recipes": ["config"],
     "optim": ["recipes"],
     "objectives": ["supernet"],
@@ -43,7 +43,7 @@ STANDS_ON = {
     "measure": ["exporters", "store", "progress"],
     "predictors": ["layers", "files"],
     # searching
-    "evaluator": ["supernet", "calibrate", "data", "store"],
+    "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
     "limits": ["predictors"],
     "strategies": ["space"],
     "searcher": ["limits", "strategies", "devices", "progress"],

@@ -28,16 +28,17 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The whole split in its own order, as network input; the last batch may be smaller.
 
+    Its pixels are those that `Split.resized` keeps, where it does.
+
     Yields:
-        Images (n, channels, resolution, resolution) float32 and labels (n,) int64, on `device`. Do not write
-        into them: they may be views of what `Split.resized` keeps.
+        Images (n, channels, resolution, resolution) float32 and labels (n,) int64, on `device`.
     """
     labels = split.labels.to(device).split(batch_size)
-    whole = split.resized(resolution, device)
-    if whole is not None:
-        yield from zip(whole.split(batch_size), labels, strict=True)
-        return
-    loaded = _ahead(split.load, torch.arange(len(split)).split(batch_size))
+    whole = split.resized(resolution)
+    loaded: Iterable[Tensor]
+    loaded = (
+        _ahead(split.load, torch.arange(len(split)).split(batch_size)) if whole is None else whole.split(batch_size)
+    )
     for images, their_labels in zip(loaded, labels, strict=True):
         yield resize(images.to(device), resolution, split.preprocessing), their_labels
 
