@@ -42,7 +42,7 @@ def statistics(
     Raises:
         ValueError: there are no batches.
     """
-    weights = {name: _packed(tensor) for name, tensor in tensors.items()}
+    weights = {name: _packed(tensor) for name, tensor in tensors.items()}  # corners are no blocks of memory
     found: dict[str, Tensor] = {}
     for layer in layers:
         if layer.norm:

@@ -223,7 +223,8 @@ class Evaluator:
     def _calibration_batches(self, resolution: int) -> Iterator[Tensor]:
         split, batch_size = self.data.calibration, self.protocol.batch_size
         count = max(1, min(self.protocol.calibration_images, len(split)) // batch_size)
-        return (image for image, _ in islice(batches(split, batch_size, resolution, self._device), count))
+        with closing(batches(split, batch_size, resolution, self._device)) as stream:
+            yield from (image for image, _ in islice(stream, count))
 
     def _batches(self, split: Split, resolution: int) -> Iterator[tuple[Tensor, Tensor]]:
         # On a processor feature maps should stay in its cache, but each operation has a cost of its own: 250 images of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count, islice
@@ -25,7 +25,7 @@ _ORDER, _AUGMENTATION = range(2)
 
 def batches(
     split: Split, batch_size: int, resolution: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The whole split in its own order, as network input; the last batch may be smaller.
 
     Its pixels are those that `Split.resized` keeps, where it does.
