@@ -3,7 +3,8 @@
     python benchmarks/evaluate.py [--run demo-run]
 
 On the demo's data and space: calibration on 1,024 images, evaluation on 5,000. Both versions run in this process, in
-turns on the same few children; each turn is one figure. The supernet is that of a run folder, or a fresh one with
+turns on the same few children; each turn is one figure. Where other programs compute, two threads on one child wait for
+each other: compare with one thread then. The supernet is that of a run folder, or a fresh one with
 noise on its weights: what a child takes does not depend on it.
 """
 
@@ -84,8 +85,17 @@ def open_supernet(run: Path | None) -> Supernet:
 
 def evaluate(supernet: Supernet, data: Dataset, archs: Sequence[Architecture], folder: Path) -> list[str]:
     first, now = FirstVersion(supernet, data), Evaluator(supernet, data, cache=folder / "prepared")
+    threads = torch.get_num_threads()
+
+    def in_one_thread(group: Sequence[Architecture], store: Store) -> list[float]:
+        torch.set_num_threads(1)
+        found = [first.accuracy(arch) for arch in group]
+        torch.set_num_threads(threads)
+        return found
+
     ways = {
-        f"first version, {torch.get_num_threads()} threads": lambda group, store: [first.accuracy(a) for a in group],
+        f"first version, {threads} threads": lambda group, store: [first.accuracy(a) for a in group],
+        "first version, 1 thread": in_one_thread,
         "now, one at a time": lambda group, store: [now.accuracy(a, store) for a in group],
         f"now, {AT_A_TIME} children at a time": lambda group, store: now.accuracies(group, store),
     }
