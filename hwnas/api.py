@@ -444,7 +444,7 @@ def search(
             device=target.name,
             limit_ms=latency_ms,
             confidence=confidence,
-            evaluate=lambda arch: evaluator.accuracy(arch, store),
+            evaluate=lambda archs: evaluator.accuracies(archs, store),
             measure=partial(bench, role="finalist"),
             measurements=_known(target, store, "fit"),
             storage_url=opened.storage_url,
@@ -483,7 +483,7 @@ def _evaluator(run: Run, notice: Notice = _quiet) -> Evaluator:
     if supernet.space != run.space:
         raise InputError(f"{run.path}: the supernet's space is not that of run.yaml: one of them was replaced")
     torch.set_num_threads(json.loads(supernet.about["train"])["threads"])  # what training found fastest
-    return Evaluator(supernet, load_data(run.config, run.path, notice))
+    return Evaluator(supernet, load_data(run.config, run.path, notice), cache=run.folder("cache") / "prepared")
 
 
 # -------------------------------------------------------------------- export

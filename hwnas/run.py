@@ -81,7 +81,7 @@ class Run:
         predictors/            one JSON file a device
         results/               what searches found
         exports/               deployable files
-        cache/                 downloaded data sets
+        cache/                 downloaded data sets, prepared images
 
     Args:
         path: the folder; None for `$HWNAS_RUN`, or `./run`.

@@ -22,6 +22,7 @@ from hwnas.space import Architecture, SearchSpace
 from hwnas.strategies import CoarseToFine, RandomSearch, Scored, Strategy
 
 FINALISTS = 4  # measured at a time
+GENERATION = 8  # children proposed, and evaluated, at a time; on every machine, so that all find the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +122,7 @@ class Searcher:
         predictor: of the device; fitted anew in place.
         limit_ms: milliseconds.
         confidence: with which an unmeasured child has to keep the limit.
-        evaluate: validation accuracy of a child; it remembers what it has worked out.
+        evaluate: validation accuracies of children; it remembers each that it has worked out.
         measure: puts children on the device.
         measurements: what was measured on the device so far.
         storage_url: of Optuna's storage.
@@ -140,7 +141,7 @@ class Searcher:
         device: str,
         limit_ms: float,
         confidence: float,
-        evaluate: Callable[[Architecture], float],
+        evaluate: Callable[[Sequence[Architecture]], Sequence[float]],
         measure: Callable[[Sequence[Architecture]], Sequence[Measurement]],
         measurements: Sequence[Measurement],
         storage_url: str,
@@ -203,13 +204,14 @@ class Searcher:
         recorded = {trial.user_attrs.get("id") for trial in study.get_trials(deepcopy=False)}
         history: list[Scored] = []
         while len(history) < strategy.budget:
-            arch = strategy.propose(history)
-            if arch is None:
+            archs = strategy.propose(history, min(GENERATION, strategy.budget - len(history)))
+            if not archs:
                 self.notice(f"{name}: no further child keeps the limit after {len(history)} evaluations")
                 break
-            history.append(Scored(arch, self.evaluate(arch)))
-            if arch.id not in recorded:
-                study.add_trial(self._trial(history[-1]))
+            for arch, accuracy in zip(archs, self.evaluate(archs), strict=True):
+                history.append(Scored(arch, accuracy))
+                if arch.id not in recorded:
+                    study.add_trial(self._trial(history[-1]))
             best = max(scored.accuracy for scored in history)
             report(len(history), f"{name}: best accuracy {best:.4f}")
         return history

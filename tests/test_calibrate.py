@@ -1,13 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hwnas.calibrate import calibrate, evaluate
-from hwnas.data import load_dataset
-from hwnas.errors import InputError
-from hwnas.evaluator import EvaluationProtocol, Evaluator
+from hwnas.calibrate import calibrate, evaluate, fold, logits
 from hwnas.network import batch_norms
 from hwnas.space import SearchSpace
-from hwnas.store import Store
 from hwnas.supernet import Supernet
 
 SPACE = SearchSpace.load("tiny", resolution=[8, 12], in_channels=1, num_classes=10)
@@ -15,10 +13,15 @@ SPACE = SearchSpace.load("tiny", resolution=[8, 12], in_channels=1, num_classes=
 
 @pytest.fixture
 def supernet() -> Supernet:
-    supernet = Supernet(SPACE, seed=1)
+    return noisy(Supernet(SPACE, seed=1))
+
+
+def noisy(supernet: Supernet) -> Supernet:
+    """No gamma is zero, so that every layer matters."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in supernet.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return supernet
 
 
@@ -27,16 +30,42 @@ def images(count: int) -> torch.Tensor:
 
 
 def test_statistics_are_the_plain_average_over_batches(supernet):
-    child = supernet.child(SPACE.largest())
-    seen = []
+    """As torch's own modules find them in training mode, with their cumulative average."""
+    archs = [SPACE.smallest(), SPACE.largest()]
+    for arch in archs:
+        expected = supernet.child(arch).train()
+        for norm in batch_norms(expected):
+            norm.momentum = None
+        with torch.no_grad():
+            for batch in images(24).split(8):
+                expected(batch)
+        child = calibrate(supernet.child(arch), images(24).split(8))
+        for mine, theirs in zip(batch_norms(child), batch_norms(expected), strict=True):
+            torch.testing.assert_close(mine.running_mean, theirs.running_mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine.running_var, theirs.running_var, rtol=1e-4, atol=1e-5)
+            assert mine.num_batches_tracked == theirs.num_batches_tracked == 3
+        assert not child.training
+    seen = torch.stack([child.get_submodule("stem.conv")(batch) for batch in images(24).split(8)])
     stem = child.get_submodule("stem.norm")
-    handle = stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-    calibrate(child, images(24).split(8))
-    handle.remove()
-    torch.testing.assert_close(stem.running_mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
-    variances = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in seen])
-    torch.testing.assert_close(stem.running_var, variances.mean(0))
-    assert not child.training
+    torch.testing.assert_close(stem.running_mean, seen.mean((1, 3, 4)).mean(0))
+    torch.testing.assert_close(stem.running_var, seen.transpose(1, 2).flatten(2).var(2).mean(0))
+
+
+@pytest.mark.parametrize("activation", ["relu", "swish", "h-swish"])
+@pytest.mark.parametrize("gate", ["sigmoid", "h-sigmoid"])
+def test_folded_logits_are_the_childs(activation, gate):
+    squeeze = replace(SPACE.squeeze_excite, gate=gate, activation=activation)
+    space = replace(SPACE, activation=activation, squeeze_excite=squeeze)
+    supernet = noisy(Supernet(space))
+    batch = images(20)
+    before = batch.clone()
+    for arch in (space.smallest(), space.largest()):
+        child = calibrate(supernet.child(arch), [batch])
+        with torch.no_grad():
+            expected = child(batch)
+        found = logits(child.layers, fold(child.layers, child.state_dict()), batch)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert torch.equal(batch, before)  # what is done in place is done to our own values
 
 
 def test_calibration_starts_anew_and_leaves_the_weights(supernet):
@@ -81,20 +110,3 @@ def test_nothing_to_work_with_is_refused(supernet):
         calibrate(supernet.child(SPACE.smallest()), [])
     with pytest.raises(ValueError, match="at least one image"):
         evaluate(supernet.child(SPACE.smallest()), [])
-
-
-def test_evaluator_works_a_child_out_once(supernet, tmp_path, monkeypatch):
-    data = load_dataset("digits", cache=tmp_path, size=12)
-    evaluator = Evaluator(supernet, data, EvaluationProtocol(calibration_images=32, batch_size=16))
-    with Store(tmp_path / "run.db") as store:
-        first = evaluator.accuracy(SPACE.smallest(), store)
-        with torch.no_grad():
-            alone = evaluate(evaluator.child(SPACE.smallest()), [(evaluator.images(data.validation, 8, 10**6),
-                                                                  data.validation.labels)])  # fmt: skip
-        assert first == pytest.approx(alone.accuracy)
-        monkeypatch.setattr(evaluator, "child", lambda arch: pytest.fail("worked out again"))
-        assert evaluator.accuracy(SPACE.smallest(), store) == first
-        other = Evaluator(Supernet(SPACE, seed=9), data, evaluator.protocol)
-        other.accuracy(SPACE.smallest(), store)  # other weights: an evaluation of its own
-        with pytest.raises(InputError, match="split 'train' is not one of validation, test"):
-            evaluator.accuracy(SPACE.smallest(), store, "train")

@@ -250,13 +250,13 @@ def test_resize_is_the_same_on_the_gpu():
 
 def test_resized_keeps_the_latest_within_its_bound(monkeypatch):
     split = numbered(10)
-    monkeypatch.setattr(splits, "RESIZED_BYTES", 4 * 10 * (16 * 16 + 12 * 12))
+    monkeypatch.setattr(splits, "RESIZED_BYTES", 10 * (16 * 16 + 12 * 12))
     first = split.resized(16)
-    assert first.dtype == torch.float32
+    assert first.dtype == torch.uint8
     assert split.resized(12) is split.resized(12)
     assert split.resized(16) is first
     split.resized(8)  # too much for three: 12 is the oldest
-    assert list(split._resized) == [(16, "cpu"), (8, "cpu")]
+    assert list(split._resized) == [16, 8]
     assert split.resized(21) is None
 
 
@@ -264,7 +264,8 @@ def test_batches_are_the_same_kept_or_not(monkeypatch, tmp_path):
     validation = digits(tmp_path).validation
     kept = list(batches(validation, 50, 12))
     assert torch.equal(torch.cat([labels for _, labels in kept]), validation.labels)
-    assert torch.equal(torch.cat([images for images, _ in kept]), validation.resized(12))
+    expected = splits.resize(validation.resized(12), 12, validation.preprocessing)
+    assert torch.equal(torch.cat([images for images, _ in kept]), expected)
     monkeypatch.setattr(splits, "RESIZED_BYTES", 0)
     made = list(batches(digits(tmp_path).validation, 50, 12))
     assert [len(images) for images, _ in made] == [50, 50, 50, 29]

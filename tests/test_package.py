@@ -21,6 +21,7 @@ PACKAGE = ROOT / "hwnas"
 STANDS_ON = {
     "errors": [],
     "files": [],
+    "machine": [],
     "progress": [],
     "config": ["errors"],
     # what a network is
@@ -30,7 +31,7 @@ STANDS_ON = {
     "weights": ["errors", "files"],
     "supernet": ["network", "weights"],
     # training it
-    "data": ["errors"],
+    "data": ["errors", "files", "machine"],
     "calibrate": ["network"],
     "training": ["supernet", "evaluator", "progress"],
     # measuring and predicting
@@ -40,7 +41,7 @@ STANDS_ON = {
     "measure": ["exporters", "store", "progress"],
     "predictors": ["layers", "files"],
     # searching
-    "evaluator": ["supernet", "calibrate", "data", "store"],
+    "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
     "limits": ["predictors"],
     "strategies": ["space"],
     "searcher": ["limits", "strategies", "devices", "progress"],

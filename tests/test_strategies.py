@@ -33,10 +33,10 @@ def make(kind: type[Strategy], budget: int, seed: int = 0, fits=feasible) -> Str
 def search(strategy: Strategy) -> list[Scored]:
     history: list[Scored] = []
     while len(history) < strategy.budget:
-        arch = strategy.propose(history)
-        if arch is None:
+        archs = strategy.propose(history, min(8, strategy.budget - len(history)))
+        if not archs:
             break
-        history.append(Scored(arch, accuracy(arch)))
+        history += [Scored(arch, accuracy(arch)) for arch in archs]
     return history
 
 

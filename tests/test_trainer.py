@@ -614,7 +614,7 @@ def test_a_resolution_that_was_never_trained_works_after_calibration(data, tmp_p
         SPACE.check(watch["10"])
     SPACE.check(watch["10"], any_resolution=True)
     trainer.run()
-    found = {e.child: e.accuracy for e in Watch(data, watch, trainer.config)(trainer.result, 0, 0.0)}
+    found = {e.child: e.accuracy for e in Watch(trainer.result, data, watch, 10_000)(0, 0.0)}
     assert found["10"] > 0.5
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count, islice
@@ -27,19 +27,20 @@ _ORDER, _AUGMENTATION, _POLICY = range(3)
 
 def batches(
     split: Split, batch_size: int, resolution: int, device: torch.device | str = "cpu"
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The whole split in its own order, as network input; the last batch may be smaller.
 
+    Its pixels are those that `Split.resized` keeps, where it does.
+
     Yields:
-        Images (n, channels, resolution, resolution) float32 and labels (n,) int64, on `device`. Do not write
-        into them: they may be views of what `Split.resized` keeps.
+        Images (n, channels, resolution, resolution) float32 and labels (n,) int64, on `device`.
     """
     labels = split.labels.to(device).split(batch_size)
-    whole = split.resized(resolution, device)
-    if whole is not None:
-        yield from zip(whole.split(batch_size), labels, strict=True)
-        return
-    loaded = _ahead(split.load, torch.arange(len(split)).split(batch_size))
+    whole = split.resized(resolution)
+    loaded: Iterable[Tensor]
+    loaded = (
+        _ahead(split.load, torch.arange(len(split)).split(batch_size)) if whole is None else whole.split(batch_size)
+    )
     for images, their_labels in zip(loaded, labels, strict=True):
         yield resize(images.to(device), resolution, split.preprocessing), their_labels
 
@@ -100,6 +101,7 @@ def train_batches(
     rank: int = 0,
     num_ranks: int = 1,
     workers: int | None = None,
+    sharing: int = 1,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """The batches of `train_batch` from `start_step` on, endless, prepared ahead.
 
@@ -107,14 +109,15 @@ def train_batches(
     raises is raised here.
 
     The images are prepared by `workers` processes, or by one thread where that is 0. By default, images that are
-    decoded for every step take this process's share of the processors; images in memory a thread, and likewise
-    "none", which keeps what it can in memory. Where processes cannot be forked safely (not Linux), all take a thread.
+    decoded for every step take the processors that are there, divided by the number of processes `sharing` them;
+    images in memory a thread, and likewise "none", which keeps what it can in memory. Where processes cannot be forked
+    safely (not Linux), all take a thread.
     """
     check_augmentation(augment)
     start, stop = _share(batch_size, rank, num_ranks)
     if workers is None:
         in_processes = split.decodes and augment != "none" and num_available() > 0
-        workers = max(1, num_available() // num_ranks) if in_processes else 0
+        workers = max(1, num_available() // sharing) if in_processes else 0
     if workers == 0:
         return _ahead(
             lambda step: train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks),

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
+from hwnas.data.prepared import prepared
 from hwnas.errors import InputError
 
 # Random numbers that augmenting one image takes: top, left, flip, area, aspect ratio. All are in [0, 1).
@@ -22,7 +28,8 @@ PHOTO_SIZE = 96  # from this size on images are photos: the centre is evaluated,
 
 NUM_FINGERPRINTED = 64  # images
 
-RESIZED_BYTES = 256 * 2**20  # what a split keeps of its images as float32, at all resolutions together
+RESIZED_BYTES = 256 * 2**20  # what `Split.resized` keeps in memory, at all resolutions together
+_MAKING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,7 @@ class Split(ABC):
         preprocessing: what its images have gone, and will go, through.
         threads: how many `pixels` uses.
         decodes: whether it decodes images each time they are trained on, which worker processes should do.
+        cache: folder for the files of `resized`; None to keep its images in memory.
     """
 
     def __init__(self, labels: Tensor, preprocessing: Preprocessing) -> None:
@@ -78,7 +86,9 @@ class Split(ABC):
         self.preprocessing = preprocessing
         self.threads = 1
         self.decodes = False
-        self._resized: OrderedDict[tuple[int, str], Tensor] = OrderedDict()
+        self.cache: Path | None = None
+        self._resized: OrderedDict[int, Tensor] = OrderedDict()
+        self._identity: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -124,27 +134,43 @@ class Split(ABC):
             draws = torch.rand(len(indices), NUM_DRAWS, dtype=torch.float64, generator=generator)
         return self.pixels(indices, draws)
 
-    def resized(self, resolution: int, device: torch.device | str = "cpu") -> Tensor | None:
-        """The whole split as network input, (num_images, channels, resolution, resolution) float32.
+    def resized(self, resolution: int) -> Tensor | None:
+        """The whole split at a resolution, (num_images, channels, resolution, resolution) uint8, made once.
 
-        Search evaluates hundreds of children on the same images: the latest resolutions are kept, up to
-        `RESIZED_BYTES`. Do not write into the result. None where one resolution alone would take more: then
-        use `batches`, which makes them anew.
+        Search evaluates hundreds of children on the same images. With a folder in `cache` they are made into a file
+        there, named by `identity` and resolution, that later commands find again (see `hwnas.data.prepared`); without
+        one, the latest resolutions are kept in memory. Threads may ask at the same time. Do not write into the result.
+
+        Returns:
+            None where one resolution alone takes more than there is room for: then use `batches`, which makes the
+            images anew each time.
         """
-        key = (resolution, str(torch.device(device)))
-        if key in self._resized:
-            self._resized.move_to_end(key)
-            return self._resized[key]
         shape = (len(self), self.preprocessing.channels, resolution, resolution)
-        if 4 * torch.Size(shape).numel() > RESIZED_BYTES:
-            return None
-        images = torch.empty(shape, device=device)
-        for part in torch.arange(len(self)).split(1000):
-            images[part[0] : part[-1] + 1] = resize(self.load(part).to(device), resolution, self.preprocessing)
-        self._resized[key] = images
-        while sum(kept.nbytes for kept in self._resized.values()) > RESIZED_BYTES:
-            self._resized.popitem(last=False)
+        with _MAKING:
+            images = self._resized.get(resolution)
+            if images is None and self.cache is not None:
+                path = self.cache / f"{self.identity()}-{resolution}.npy"
+                images = prepared(path, shape, self._resize_into)
+            elif images is None and math.prod(shape) <= RESIZED_BYTES:
+                images = torch.empty(shape, dtype=torch.uint8)
+                self._resize_into(images.numpy())
+            if images is not None:
+                self._resized[resolution] = images
+                self._resized.move_to_end(resolution)
+                while self.cache is None and sum(kept.nbytes for kept in self._resized.values()) > RESIZED_BYTES:
+                    self._resized.popitem(last=False)
         return images
+
+    def identity(self) -> str:
+        """16 hexadecimal digits of the images (`fingerprint`) and their preprocessing, worked out once."""
+        if self._identity is None:
+            content = f"{self.fingerprint()} {self.preprocessing}".encode()
+            self._identity = hashlib.blake2b(content, digest_size=8).hexdigest()
+        return self._identity
+
+    def _resize_into(self, images: NDArray[np.uint8]) -> None:
+        for part in torch.arange(len(self)).split(1000):
+            images[int(part[0]) : int(part[-1]) + 1] = resize_bytes(self.load(part), images.shape[-1]).numpy()
 
 
 class TensorSplit(Split):

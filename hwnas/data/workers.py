@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hwnas.errors import InputError
+from hwnas.machine import num_processors
 
 NUM_SLOTS = 2  # batches in preparation at a time
 PARENT_CHECK_S = 1.0
@@ -33,7 +34,7 @@ Fill = Callable[[int, int, int], Tensor]
 
 def num_available() -> int:
     """How many processes can work at a time; 0 where they cannot be forked (only Linux does it safely)."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
+    return num_processors() if sys.platform == "linux" else 0
 
 
 class Workers:

@@ -21,10 +21,10 @@ class Scored:
 
 
 class Strategy(ABC):
-    """Proposes feasible children, one after the other.
+    """Proposes feasible children, a few at a time.
 
     `propose` is called with everything that this search has evaluated so far, in order, until the evaluations are
-    spent or it returns None. It must return a child that keeps the limits and is not in the history, and it draws
+    spent or it returns none. It must return children that keep the limits and are not in the history, and it draws
     chance from `rng` alone: the same history and seed then give the same proposals, so that an interrupted search
     goes on where it was.
 
@@ -45,5 +45,5 @@ class Strategy(ABC):
         self.space, self.feasible, self.budget, self.rng = space, feasible, budget, rng
 
     @abstractmethod
-    def propose(self, history: Sequence[Scored]) -> Architecture | None:
-        """The next child to evaluate; None when the strategy finds no further one."""
+    def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
+        """The next children to evaluate, different ones, at most `count`; none when the strategy finds no further."""

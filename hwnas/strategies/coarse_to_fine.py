@@ -60,32 +60,35 @@ class CoarseToFine(Strategy):
         for turn in zip_longest(*by_resolution.values()):
             yield from (arch for arch in turn if arch is not None)
 
-    def propose(self, history: Sequence[Scored]) -> Architecture | None:
+    def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
         """See `Strategy`."""
         known = {scored.arch for scored in history}
-        for arch in self._skeletons:
-            if arch not in known:
-                return arch
+        coarse = [arch for arch in self._skeletons if arch not in known]
+        if coarse:
+            return coarse[:count]
         if not history:
-            return self._first()
+            return self._first(count)
         sizes = self._size(self.space.encode([scored.arch for scored in history]))
         costly = [scored for scored, size in zip(history, sizes, strict=True) if size >= sizes.max() / 2]
         parent = max(costly, key=lambda scored: scored.accuracy).arch
-        return self._mutant(parent, known)
+        return self._mutants(parent, known, count)
 
-    def _mutant(self, parent: Architecture, known: set[Architecture]) -> Architecture | None:
+    def _mutants(self, parent: Architecture, known: set[Architecture], count: int) -> list[Architecture]:
+        found: dict[Architecture, None] = {}  # in order
         for number in range(ROUNDS):
             probability = min(1.0, self.probability * 1.15**number)
             archs = [self.space.mutate(parent, self.rng, probability) for _ in range(MUTATIONS)]
             feasible = self.feasible(self.space.encode(archs))
             for arch, fits in zip(archs, feasible, strict=True):
                 if fits and arch not in known:
-                    return arch
-        return None
+                    found[arch] = None
+                if len(found) == count:
+                    return list(found)
+        return list(found)
 
-    def _first(self) -> Architecture | None:
+    def _first(self, count: int) -> list[Architecture]:
         """Where no skeleton is feasible: mutations of the smallest child, or itself."""
         smallest = self.space.smallest()
         if self.feasible(self.space.encode([smallest]))[0]:
-            return smallest
-        return self._mutant(smallest, set())
+            return [smallest]
+        return self._mutants(smallest, set(), count)

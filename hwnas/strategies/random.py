@@ -17,13 +17,16 @@ class RandomSearch(Strategy):
     Gives up where 200,000 draws hold no feasible child that is new.
     """
 
-    def propose(self, history: Sequence[Scored]) -> Architecture | None:
+    def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
         """See `Strategy`."""
         known = {scored.arch for scored in history}
+        found: dict[Architecture, None] = {}  # in order
         for _ in range(ROUNDS):
             genes = self.space.sample_genes(DRAWS, self.rng)
             for row in genes[self.feasible(genes)]:
                 arch = self.space.decode(row)
                 if arch not in known:
-                    return arch
-        return None
+                    found[arch] = None
+                if len(found) == count:
+                    return list(found)
+        return list(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hwnas.data import Dataset, resize, steps_per_epoch, train_batches
 from hwnas.errors import InputError
+from hwnas.machine import num_processors
 from hwnas.progress import Report, silent
 from hwnas.space import Architecture, SearchSpace
 from hwnas.supernet import Supernet
@@ -80,7 +80,8 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._gradients = FlatGradients(self.supernet, extra=len(config.children))
         self._objective = Objective(space, config, self.processes)
-        self._watch = Watch(data, watch or {"smallest": space.smallest(), "biggest": space.largest()}, config)
+        ends = {"smallest": space.smallest(), "biggest": space.largest()}
+        self._watch = Watch(self.result, data, watch or ends, config.watch_images)
         self._fingerprint = data.train.fingerprint()
         self.step = 0
         self.evaluations: list[Evaluation] = []
@@ -144,6 +145,7 @@ class Trainer:
             augment=config.augment,
             rank=processes.rank,
             num_ranks=processes.count,
+            sharing=processes.local_count,
         )
 
     def train_step(self, pixels: Tensor, labels: Tensor) -> tuple[float, ...]:
@@ -222,7 +224,7 @@ class Trainer:
         """Calibrate and evaluate the watched children, in the first process, and remember the results."""
         if not self.processes.first:
             return []
-        found = self._watch(self.result, self.step, self.step / self.steps_per_epoch)
+        found = self._watch(self.step, self.step / self.steps_per_epoch)
         self.evaluations += found
         for one in found:
             self.notice(str(one))
@@ -248,8 +250,7 @@ class Trainer:
         More threads can be many times slower where other work runs; fewer are often as fast on small networks.
         """
         threads, device = self.config.threads, self.processes.device
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = max(1, available // self.processes.local_count)
+        share = max(1, num_processors() // self.processes.local_count)
         if threads is None and device.type == "cpu":
             with closing(self.batches()) as batches:
                 batch = next(batches)

@@ -9,13 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hwnas.data import Dataset
 from hwnas.evaluator import Evaluator
 from hwnas.space import Architecture
 from hwnas.supernet import Supernet
-from hwnas.training.recipes import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +51,24 @@ class Watch:
     """Calibrates and evaluates children of a supernet that is being trained; the weights are left alone.
 
     Args:
-        data: its calibration images, and the first `config.watch_images` of its validation images.
+        supernet: as it is when this is called.
+        data: its calibration images, and `num_images` of its validation images, spread evenly.
         children: by name.
-        config: the recipe.
+        num_images: at most.
     """
 
-    def __init__(self, data: Dataset, children: Mapping[str, Architecture], config: TrainConfig) -> None:
-        self.data, self.children = data, dict(children)
-        self._split = data.validation
-        if len(self._split) > config.watch_images:
-            # Evenly spread, as a data set may be in the order of its classes.
-            chosen = torch.linspace(0, len(self._split) - 1, config.watch_images).long()
-            self._split = data.validation.subset(chosen, data.preprocessing)
+    def __init__(
+        self, supernet: Supernet, data: Dataset, children: Mapping[str, Architecture], num_images: int
+    ) -> None:
+        self.children, self.num_images = dict(children), num_images
+        self._evaluator = Evaluator(supernet, data, workers=1)
 
-    def __call__(self, supernet: Supernet, step: int, epoch: float) -> list[Evaluation]:
+    def __call__(self, step: int, epoch: float) -> list[Evaluation]:
         """Evaluate all children now."""
-        evaluator = Evaluator(supernet, self.data)
         found = []
         for name, arch in self.children.items():
             started = time.perf_counter()
-            score = evaluator.score(evaluator.child(arch), arch, self._split)
+            (score,) = self._evaluator.scores([arch], num_images=self.num_images)
             seconds = time.perf_counter() - started
             found.append(Evaluation(step, epoch, name, score.accuracy, score.loss, score.num_images, seconds))
         return found
