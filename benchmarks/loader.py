@@ -31,7 +31,7 @@ from torchvision.datasets import ImageFolder
 
 from hwnas.data import Augmentation, train_batches
 from hwnas.data.folder import open_folder
-from hwnas.data.images import LEAST_AREA, ImageSplit
+from hwnas.data.images import LEAST_AREA
 from hwnas.progress import Reporter
 
 SIZE, BATCH, CLASSES = 224, 100, 10
@@ -72,15 +72,7 @@ def write_photos(folder: Path, count: int) -> list[Path]:
 
 def ours(folder: Path, augment: Augmentation, workers: int) -> Iterator[object]:
     split = open_folder(folder, print).train
-    with closing(train_batches(split, BATCH, seed=0, augment=augment, workers=workers)) as batches:
-        yield from islice(batches, len(split) // BATCH)
-
-
-def in_threads(folder: Path, augment: Augmentation, workers: int) -> Iterator[object]:
-    split = open_folder(folder, print).train
-    assert isinstance(split, ImageSplit)
-    split.threads = workers
-    with closing(train_batches(split, BATCH, seed=0, augment=augment, workers=0)) as batches:
+    with closing(train_batches(split, BATCH, seed=0, augment=augment, threads=workers)) as batches:
         yield from islice(batches, len(split) // BATCH)
 
 
@@ -94,7 +86,6 @@ def torchvisions(folder: Path, augment: Augmentation, workers: int) -> Iterator[
 PIPELINES: dict[str, Callable[[Path, Augmentation, int], Iterator[object]]] = {
     "ours": ours,
     "torchvision": torchvisions,
-    "ours in threads": in_threads,
 }
 
 

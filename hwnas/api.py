@@ -33,6 +33,7 @@ from hwnas.training.recipes import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from hwnas.data import Dataset
+    from hwnas.data.torch_dataset import TorchDatasets
     from hwnas.evaluator import Evaluator
     from hwnas.exporters.base import Artifact
     from hwnas.searcher import Result
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from hwnas.training.trainer import Trainer
 
 Notice = Callable[[str], None]
+
+PYTORCH = "a dataset of PyTorch"  # the name, in a run's configuration, of data that only its own program can load
 
 
 def _quiet(text: str) -> None:
@@ -54,7 +57,7 @@ def train(
     run: str | Path | None = None,
     *,
     space: str | Path | None = None,
-    data: str | Path | None = None,
+    data: str | Path | TorchDatasets | None = None,
     recipe: str = "short",
     changes: dict[str, Any] | None = None,
     report: Report = silent,
@@ -68,7 +71,9 @@ def train(
     Args:
         run: the run folder.
         space: a space's name or file; by default `tiny`. Its channels and classes come from the data.
-        data: a data set's name, or a folder of images. Not needed when the run already has it.
+        data: a data set's name, a folder of images or of Parquet files, or a dataset of PyTorch (see
+            `hwnas.data.load_dataset`), which `search` and `export` then need too. Not needed when the run already has
+            it.
         recipe: one of `hwnas.training.recipes.RECIPES`.
         changes: fields to change, such as `{"train.epochs": 1, "train.biggest.dropout": 0.3, "data.size": 32}`.
         report: told the progress.
@@ -86,7 +91,7 @@ def train(
     config = _training_config(run, space, data, recipe, changes)
     assert config.train is not None
     with processes(config.train.device) as team:
-        config, images = _load(config, run, team, notice)
+        config, images = _load(config, run, team, notice, data)
         if team.first:
             Run.create(run, config)
         folder = Run.locate(run)
@@ -105,7 +110,7 @@ def plan(
     run: str | Path | None = None,
     *,
     space: str | Path | None = None,
-    data: str | Path | None = None,
+    data: str | Path | TorchDatasets | None = None,
     recipe: str = "short",
     changes: dict[str, Any] | None = None,
     notice: Notice = _quiet,
@@ -134,14 +139,14 @@ def plan(
     config = _training_config(run, space, data, recipe, changes)
     assert config.train is not None
     with processes(config.train.device) as team:
-        config, images = _load(config, run, team, notice)
+        config, images = _load(config, run, team, notice, data)
         return config, measure_plan(_trainer(config, images, None, team, notice))
 
 
 def _training_config(
     run: str | Path | None,
     space: str | Path | None,
-    data: str | Path | None,
+    data: str | Path | TorchDatasets | None,
     recipe: str,
     changes: dict[str, Any] | None,
 ) -> RunConfig:
@@ -155,10 +160,12 @@ def _training_config(
     return folder.config
 
 
-def _load(config: RunConfig, run: str | Path | None, team: Processes, notice: Notice) -> tuple[RunConfig, Dataset]:
+def _load(
+    config: RunConfig, run: str | Path | None, team: Processes, notice: Notice, data: str | Path | TorchDatasets | None
+) -> tuple[RunConfig, Dataset]:
     """The images, and the configuration with their channels and classes."""
     told = notice if team.first else _quiet
-    images = team.one_after_the_first(lambda: load_data(config, Run.locate(run), told))
+    images = team.one_after_the_first(lambda: load_data(config, Run.locate(run), told, data))
     channels = images.preprocessing.channels
     space = replace(config.space, in_channels=channels, num_classes=len(images.classes))
     return replace(config, space=space), images
@@ -175,10 +182,11 @@ def _trainer(config: RunConfig, images: Dataset, folder: Path | None, team: Proc
     return Trainer(space, images, config.train, folder, notice, processes=team, watch=watch)
 
 
-def _configure(space: str | Path, data: str | Path, recipe: str, changes: dict[str, Any]) -> RunConfig:
+def _configure(space: str | Path, data: str | Path | TorchDatasets, recipe: str, changes: dict[str, Any]) -> RunConfig:
     if recipe not in RECIPES:
         raise InputError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
-    parts: dict[str, dict[str, Any]] = {"space": {}, "data": {"name": str(data)}, "train": RECIPES[recipe]().to_dict()}
+    name = str(data) if isinstance(data, str | Path) else PYTORCH
+    parts: dict[str, dict[str, Any]] = {"space": {}, "data": {"name": name}, "train": RECIPES[recipe]().to_dict()}
     for key, value in changes.items():
         part, _, name = key.partition(".")
         if part not in parts or not name:
@@ -198,8 +206,10 @@ def _configure(space: str | Path, data: str | Path, recipe: str, changes: dict[s
     )
 
 
-def load_data(config: RunConfig, folder: Path, notice: Notice = _quiet) -> Dataset:
-    """The images of a run.
+def load_data(
+    config: RunConfig, folder: Path, notice: Notice = _quiet, data: str | Path | TorchDatasets | None = None
+) -> Dataset:
+    """The images of a run; of `data`, where they are a dataset of PyTorch.
 
     Raises:
         InputError: they cannot be loaded, or the run has none.
@@ -209,7 +219,50 @@ def load_data(config: RunConfig, folder: Path, notice: Notice = _quiet) -> Datas
     if config.data is None:
         raise InputError(f"the run at {folder} has no data: train with `hwnas train --data ...`")
     options = asdict(config.data)
-    return load_dataset(options.pop("name"), cache=folder / "cache", notice=notice, **options)
+    name = options.pop("name")
+    if (name == PYTORCH) != (data is not None and not isinstance(data, str | Path)):
+        raise InputError(
+            f"the run at {folder} has the images of a dataset of PyTorch: give that as data, in Python"
+            if name == PYTORCH
+            else f"the run at {folder} has the images of {name}: give no dataset of PyTorch"
+        )
+    source = name if data is None or isinstance(data, str | Path) else data
+    return load_dataset(source, cache=folder / "cache", notice=notice, **options)
+
+
+def inspect_data(
+    data: str | Path, cache: str | Path, *, check: bool = False, report: Report = silent, notice: Notice = _quiet
+) -> dict[str, Any]:
+    """What a data set is: its classes, its parts, its images.
+
+    Args:
+        data: a data set's name, a folder of images or of Parquet files.
+        cache: folder for downloads.
+        check: also decode every image, to find all damaged ones before a long training meets the first.
+        report: told the progress.
+        notice: told what a user should know.
+
+    Returns:
+        `name`, `classes`, `splits` (number of images, and of the rarest class), `preprocessing`, and `unreadable`:
+        a line for each damaged image, None without `check`.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from hwnas.data import load_dataset, unreadable
+
+    found = load_dataset(data, cache=Path(cache), notice=notice)
+    splits = {name: getattr(found, name) for name in ("train", "calibration", "validation", "test")}
+    return {
+        "name": found.name,
+        "classes": list(found.classes),
+        "splits": {
+            name: {"images": len(split), "rarest_class": int(split.labels.bincount(minlength=len(found.classes)).min())}
+            for name, split in splits.items()
+        },
+        "preprocessing": asdict(found.preprocessing),
+        "unreadable": unreadable(*splits.values(), report=report) if check else None,
+    }
 
 
 # -------------------------------------------------------------------- profile, fit, predict
@@ -407,6 +460,7 @@ def search(
     evaluations: int = 100,
     confidence: float = 0.95,
     baseline: bool = True,
+    data: TorchDatasets | None = None,
     seed: int = 0,
     report: Report = silent,
     notice: Notice = _quiet,
@@ -422,6 +476,7 @@ def search(
         evaluations: children to evaluate.
         confidence: with which a child that was not measured has to keep the limit.
         baseline: whether to run random search with as many evaluations beside it.
+        data: what the run was trained on, if that was a dataset of PyTorch.
         seed: of all chance.
         report: told the progress.
         notice: told what a user should know.
@@ -436,7 +491,7 @@ def search(
     opened = Run(run)
     predictor = opened.predictor(device)
     with opened.store() as store, _device(device, opened) as target:
-        evaluator = _evaluator(opened, notice)
+        evaluator = _evaluator(opened, notice, data)
         bench = partial(measure, space=opened.space, device=target, timing=target.timing, store=store)
         searcher = Searcher(
             opened.space,
@@ -457,23 +512,30 @@ def search(
     return result
 
 
-def accuracy(arch: Architecture, run: str | Path | None = None, *, split: str = "validation") -> float:
+def accuracy(
+    arch: Architecture,
+    run: str | Path | None = None,
+    *,
+    split: str = "validation",
+    data: TorchDatasets | None = None,
+) -> float:
     """The accuracy of a child with the run's weights, calibrated, 0 to 1.
 
     Args:
         arch: the child.
         run: the run folder.
         split: `validation`, or `test`: for the last table, never for choosing.
+        data: what the run was trained on, if that was a dataset of PyTorch.
 
     Raises:
         InputError: no trained supernet, an architecture outside the space, or an unknown split.
     """
     opened = Run(run)
     with opened.store() as store:
-        return _evaluator(opened).accuracy(opened.space.check(arch, any_resolution=True), store, split)
+        return _evaluator(opened, data=data).accuracy(opened.space.check(arch, any_resolution=True), store, split)
 
 
-def _evaluator(run: Run, notice: Notice = _quiet) -> Evaluator:
+def _evaluator(run: Run, notice: Notice = _quiet, data: TorchDatasets | None = None) -> Evaluator:
     import torch
 
     from hwnas.evaluator import Evaluator
@@ -483,7 +545,7 @@ def _evaluator(run: Run, notice: Notice = _quiet) -> Evaluator:
     if supernet.space != run.space:
         raise InputError(f"{run.path}: the supernet's space is not that of run.yaml: one of them was replaced")
     torch.set_num_threads(json.loads(supernet.about["train"])["threads"])  # what training found fastest
-    return Evaluator(supernet, load_data(run.config, run.path, notice), cache=run.folder("cache") / "prepared")
+    return Evaluator(supernet, load_data(run.config, run.path, notice, data), cache=run.folder("cache") / "prepared")
 
 
 # -------------------------------------------------------------------- export
@@ -498,6 +560,7 @@ def export(
     device: str | None = None,
     output: str | Path | None = None,
     num_parity_images: int = 64,
+    data: TorchDatasets | None = None,
     notice: Notice = _quiet,
 ) -> tuple[Path, dict[str, Any]]:
     """Write a child as a deployable bundle: a folder with the model file and `manifest.json`.
@@ -513,6 +576,7 @@ def export(
         device: where to measure the file; by default the search's device.
         output: the bundle's folder; by default `exports/<name>` in the run.
         num_parity_images: test images to compare logits on.
+        data: what the run was trained on, if that was a dataset of PyTorch.
         notice: told what a user should know.
 
     Returns:
@@ -535,8 +599,8 @@ def export(
         found, child_arch = None, opened.space.check(read_architecture(arch, opened.space), any_resolution=True)
         name = arch if arch in ("smallest", "biggest") else child_arch.id
     target = Path(output) if output is not None else opened.folder("exports") / f"{name}-{format}"
-    evaluator = _evaluator(opened, notice)
-    data, space = evaluator.data, opened.space
+    evaluator = _evaluator(opened, notice, data)
+    images_of, space = evaluator.data, opened.space
     child = evaluator.child(child_arch)
     with ExitStack() as stack:
         bench: Callable[[Path], dict[str, Any]] | None = None
@@ -556,24 +620,24 @@ def export(
                 notice(
                     f"the file takes {latency['measured_ms']:.4g} ms, over the search's limit of {found.limit_ms:g} ms"
                 )
-            test = evaluator.score(child, child_arch, data.test)
+            test = evaluator.score(child, child_arch, images_of.test)
             return {
                 "architecture": child_arch.to_dict(),
                 "architecture_text": child_arch.describe(),
                 "space": space.name,
                 "preprocessing": {
-                    **asdict(data.preprocessing),
+                    **asdict(images_of.preprocessing),
                     "resolution": child_arch.resolution,
                     "resize": "bicubic",
                 },
-                "classes": list(data.classes),
+                "classes": list(images_of.classes),
                 "accuracy": {"split": "test", "value": test.accuracy, "num_images": test.num_images},
                 "latency": latency,
                 "limit": None if found is None else {"device": found.device, "latency_ms": found.limit_ms},
-                "training": {"data": data.name, "weights": evaluator.supernet.identity()},
+                "training": {"data": images_of.name, "weights": evaluator.supernet.identity()},
             }
 
-        images = evaluator.images(data.test, child_arch.resolution, num_parity_images)
+        images = evaluator.images(images_of.test, child_arch.resolution, num_parity_images)
         path, _ = write_bundle(child, writer, images, target, about)
     return path, read_json(path / "manifest.json")
 

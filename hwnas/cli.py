@@ -180,6 +180,36 @@ def _show_plan(config: RunConfig, plan: Plan, as_json: bool) -> None:
 
 @command(
     RUN,
+    click.argument("data", metavar="NAME|FOLDER"),
+    click.option("--check", is_flag=True, help="Decode every image, and name those that cannot be read."),
+    JSON,
+)
+def data(run: str | None, data: str, check: bool, as_json: bool) -> None:
+    """Show a data set: parts, classes, preprocessing; perhaps its damaged images."""
+    from hwnas import api
+    from hwnas.progress import Reporter
+    from hwnas.run import Run
+
+    with Reporter("check", quiet=not check) as report:
+        found = api.inspect_data(data, Run.locate(run) / "cache", check=check, report=report, notice=notice)
+    rows = [[name, part["images"], part["rarest_class"]] for name, part in found["splits"].items()]
+    classes = found["classes"]
+    shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    finish(
+        as_json,
+        found,
+        table(found["name"], ["part", "images", "of the rarest class"], rows),
+        f"{len(classes)} classes: {shown}",
+        f"preprocessing: {found['preprocessing']}",
+    )
+    if found["unreadable"]:
+        for line in found["unreadable"]:
+            notice(line)
+        raise InputError(f"{len(found['unreadable'])} images cannot be read: replace or remove them")
+
+
+@command(
+    RUN,
     DEVICE,
     click.option("--children", default=60, show_default=True, help="Children to fit the predictor to."),
     click.option("--holdout", default=0, show_default=True, help="Fresh random children to test it on."),

@@ -2,15 +2,9 @@ import contextlib
 import gzip
 import io
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import threading
-import time
 import zipfile
 import zlib
 from dataclasses import replace
@@ -50,7 +44,6 @@ from hwnas.data.folder import FileImages
 from hwnas.data.images import ImageSplit, centre, crop_box, random_crop
 from hwnas.data.load import cut
 from hwnas.data.splits import NUM_DRAWS
-from hwnas.data.workers import num_available
 from hwnas.errors import InputError
 from hwnas.training.recipes import TrainConfig, short
 
@@ -339,97 +332,31 @@ def test_batches_prepared_ahead_are_the_same():
     assert next(stream, None) is None
 
 
-def loaders() -> list[int]:
-    """The worker processes that are alive."""
-    return [process.pid for process in multiprocessing.active_children() if process.name == "hwnas-loader"]
+def image_threads() -> int:
+    return sum(thread.name.startswith("hwnas-images") for thread in threading.enumerate())
 
 
-needs_fork = pytest.mark.skipif(
-    num_available() == 0, reason="worker processes are forked, which only Linux does safely"
-)
-
-
-@needs_fork
-@pytest.mark.parametrize("num_workers", [1, 3, 20])
+@pytest.mark.parametrize("num_threads", [1, 3, 20])
 @pytest.mark.parametrize("policy", AUGMENTATIONS)
-def test_worker_processes_prepare_the_same_batches(tmp_path, num_workers, policy):
+def test_threads_prepare_the_same_batches(tmp_path, num_threads, policy):
     split = load(fill(tmp_path, size=(150, 120)), size=96).train
     arguments = {"augment": policy, "rank": 1, "num_ranks": 2}
-    with contextlib.closing(train_batches(split, 8, seed=5, start_step=3, workers=num_workers, **arguments)) as stream:
+    with contextlib.closing(train_batches(split, 8, seed=5, start_step=3, threads=num_threads, **arguments)) as stream:
         for step, (images, labels) in enumerate(islice(stream, 5), start=3):
             expected, expected_labels = train_batch(split, step, 8, seed=5, **arguments)
             assert torch.equal(images, expected)
             assert torch.equal(labels, expected_labels)
-        assert len(loaders()) == min(num_workers, 4)
-    assert loaders() == []
+        assert image_threads() == (1 if policy == "none" else min(num_threads, 4))
+    assert image_threads() == 0
 
 
-@needs_fork
-@pytest.mark.parametrize("size", [24, 96])
-def test_photos_are_prepared_in_processes(tmp_path, size):
-    split = load(fill(tmp_path, size=(150, 120)), size=size).train
-    with contextlib.closing(train_batches(split, 4, seed=0)) as stream:
-        next(stream)
-        assert bool(loaders()) == (size == 96)
-
-
-@needs_fork
-def test_errors_of_worker_processes(tmp_path):
+def test_an_image_that_a_thread_cannot_read_is_named(tmp_path):
     data = load(fill(tmp_path, size=(150, 120)), size=96)
     path = Path(next(data.train.names))
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match=rf"^{path}: cannot be read as an image \([^\n]*\): replace or remove it$"):
-        list(islice(train_batches(data.train, 4, seed=0, workers=2), 5))
-    with pytest.raises(RuntimeError, match=r"ZeroDivisionError: division by zero"):
-        list(islice(train_batches(Broken(torch.zeros(8, 1, 8, 8), torch.arange(8), GREY), 4, seed=0, workers=2), 1))
-    stream = train_batches(numbered(50), 4, seed=0, workers=2)
-    next(stream)
-    os.kill(loaders()[0], signal.SIGKILL)
-    with pytest.raises(InputError, match=r"was killed \(exit code -9\), for lack of memory perhaps: use fewer"):
-        list(islice(stream, 10))
-    assert loaders() == []
-
-
-class Broken(TensorSplit):
-    def pixels(self, indices, draws):
-        return 1 / 0
-
-
-SCRIPT = """
-import multiprocessing, sys, torch
-from hwnas.data import Preprocessing, TensorSplit, train_batches
-grey = Preprocessing(8, 1, mean=(0.0,), std=(1.0,))
-split = TensorSplit(torch.zeros(50, 1, 8, 8, dtype=torch.uint8), torch.arange(50), grey)
-stream = train_batches(split, 4, 0, workers=2)
-next(stream)
-print(*(process.pid for process in multiprocessing.active_children()), flush=True)
-for _ in stream:
-    pass
-"""
-
-
-@needs_fork
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_worker_processes_end_with_their_parent(number):
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        children = [int(word) for word in process.stdout.readline().split()]
-        assert len(children) == 2
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as the terminal does
-        else:
-            process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
-        assert errors.count("Traceback") == (number == signal.SIGINT)
-    deadline = time.monotonic() + 10
-    while any(Path("/proc", str(child)).exists() for child in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        list(islice(train_batches(data.train, 4, seed=0, threads=2), 5))
+    assert image_threads() == 0
 
 
 class Faulty(TensorSplit):

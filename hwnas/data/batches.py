@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hwnas.data.augment import NUM_POLICY_DRAWS, Augmentation, apply_policy, check_augmentation
 from hwnas.data.splits import NUM_DRAWS, PHOTO_SIZE, Split, resize
-from hwnas.data.workers import Workers, num_available
 from hwnas.errors import InputError
+from hwnas.machine import num_processors
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -100,46 +100,44 @@ def train_batches(
     start_step: int = 0,
     rank: int = 0,
     num_ranks: int = 1,
-    workers: int | None = None,
-    sharing: int = 1,
+    threads: int | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """The batches of `train_batch` from `start_step` on, endless, prepared ahead.
+    """The batches of `train_batch` from `start_step` on, endless, prepared ahead in background threads.
 
-    Its `close()` (or `contextlib.closing`) ends the processes and the thread that prepare them. What `train_batch`
-    raises is raised here.
+    Its `close()` (or `contextlib.closing`) ends the threads. What `train_batch` raises is raised here.
 
-    The images are prepared by `workers` processes, or by one thread where that is 0. By default, images that are
-    decoded for every step take the processors that are there, divided by the number of processes `sharing` them;
-    images in memory a thread, and likewise "none", which keeps what it can in memory. Where processes cannot be forked
-    safely (not Linux), all take a thread.
+    Threads rather than processes: decoders let go of Python's lock (of a photo's 2.4 ms all but about 0.1), threads
+    share what is loaded, and a process cannot be forked safely once torch has computed in several threads.
+
+    Args:
+        split: the training images.
+        batch_size: images of all processes together.
+        seed: at least 0.
+        augment: see `train_batch`.
+        start_step: of the first batch.
+        rank: which process asks.
+        num_ranks: number of processes.
+        threads: that share each batch, where its images are decoded every time; None for one a processor. At most
+            what the split allows: a dataset of PyTorch is asked by one.
     """
     check_augmentation(augment)
     start, stop = _share(batch_size, rank, num_ranks)
-    if workers is None:
-        in_processes = split.decodes and augment != "none" and num_available() > 0
-        workers = max(1, num_available() // sharing) if in_processes else 0
-    if workers == 0:
-        return _ahead(
-            lambda step: train_batch(split, step, batch_size, seed, augment=augment, rank=rank, num_ranks=num_ranks),
-            count(start_step),
-        )
+    if not split.decodes or augment == "none":  # in memory
+        threads = 1
+    threads = min(threads or num_processors(), split.threads, stop - start)
+    edges = [start + (stop - start) * number // threads for number in range(threads + 1)]
 
-    def fill(step: int, first: int, end: int) -> Tensor:
-        split.threads = 1  # in the worker's own copy
-        return _images(split, step, batch_size, seed, augment, start + first, start + end)
-
-    def prepared() -> Generator[tuple[Tensor, Tensor], None, None]:
-        preprocessing = split.preprocessing
-        shape = stop - start, preprocessing.channels, preprocessing.size, preprocessing.size
-        with Workers(fill, shape, first_step=start_step, num_workers=workers) as processes:
+    def stream() -> Generator[tuple[Tensor, Tensor], None, None]:
+        with ThreadPoolExecutor(threads, thread_name_prefix="hwnas-images") as pool:
 
             def batch(step: int) -> tuple[Tensor, Tensor]:
+                parts = pool.map(lambda ends: _images(split, step, batch_size, seed, augment, *ends), pairwise(edges))
                 indices = _indices(split, step, batch_size, seed)[start:stop]
-                return processes.next(), split.labels[indices]
+                return torch.cat(list(parts)), split.labels[indices]
 
             yield from _ahead(batch, count(start_step))
 
-    return prepared()
+    return stream()
 
 
 def _share(batch_size: int, rank: int, num_ranks: int) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from hwnas.data.splits import (
     shift_and_flip,
 )
 from hwnas.errors import InputError
+from hwnas.machine import num_processors
 
 DEFAULT_SIZE = 224
 SHORTER_SIDE = 256 / 224  # of the image to the side of its centre crop: He et al. 2016, section 3.4
@@ -55,11 +55,11 @@ class Images(ABC):
 
     Attributes:
         num_checked: how many images, spread over all, are opened at the start.
-        threads: how many may be read at a time within a process.
+        threads: how many may be read at a time.
     """
 
     num_checked: ClassVar[int] = 2000
-    threads: ClassVar[int] = 16
+    threads: ClassVar[int] = 64
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -105,7 +105,7 @@ class ImageSplit(Split):
     def __init__(self, images: Images, indices: Tensor, labels: Tensor, preprocessing: Preprocessing) -> None:
         super().__init__(labels, preprocessing)
         self.images, self.indices = images, indices
-        self.threads = min(images.threads, os.cpu_count() or 1)
+        self.threads = images.threads
         shape = (len(labels), preprocessing.channels, preprocessing.size, preprocessing.size)
         # Memory is taken only when pixels are written.
         self._kept = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= KEPT_BYTES else None
@@ -167,7 +167,9 @@ class ImageSplit(Split):
 
             image[:] = self.images.decode(index, decode)
 
-        for _ in self._in_threads(fill, images, self.indices[indices].tolist(), draws):
+        # While training, several threads call this, each for a part of the batch.
+        several = map if any(draw is not None for draw in draws) else self._in_threads
+        for _ in several(fill, images, self.indices[indices].tolist(), draws):
             pass  # raises what `fill` raised
         return images
 
@@ -176,7 +178,7 @@ class ImageSplit(Split):
         if self.threads == 1:
             yield from map(function, *arguments)
             return
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="hwnas-decode") as threads:
+        with ThreadPoolExecutor(min(self.threads, num_processors()), thread_name_prefix="hwnas-decode") as threads:
             yield from threads.map(function, *arguments)
 
 

@@ -76,8 +76,8 @@ class Split(ABC):
     Attributes:
         labels: (num_images,) int64.
         preprocessing: what its images have gone, and will go, through.
-        threads: how many `pixels` uses.
-        decodes: whether it decodes images each time they are trained on, which worker processes should do.
+        threads: how many may call `pixels` at a time.
+        decodes: whether it decodes images each time they are trained on, which several threads should do.
         cache: folder for the files of `resized`; None to keep its images in memory.
     """
 

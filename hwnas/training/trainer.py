@@ -145,7 +145,7 @@ class Trainer:
             augment=config.augment,
             rank=processes.rank,
             num_ranks=processes.count,
-            sharing=processes.local_count,
+            threads=max(1, num_processors() // processes.local_count),
         )
 
     def train_step(self, pixels: Tensor, labels: Tensor) -> tuple[float, ...]:
