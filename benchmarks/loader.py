@@ -4,7 +4,7 @@
     python benchmarks/loader.py --images 500 --repeats 3           # a first impression
 
 The images are JPEG files of ImageNet's size, cut from photographs that scikit-learn brings. Both pipelines give random
-parts of 224 x 224 pixels, in processes, and run in turns: a busy machine slows both.
+parts of 224 x 224 pixels, ours in threads and torchvision's in processes, and run in turns: a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def measured(folder: Path, repeats: int, numbers: list[int]) -> list[str]:
                         done = sum(map(len, runs.values()))
                         report(done, total, f"{augment}, {workers} {name}: {rate:.0f} images/s")
     lines = [
-        "| augmentation | processes | pipeline | images/s | range | against torchvision |",
+        "| augmentation | threads or processes | pipeline | images/s | range | against torchvision |",
         "|---|---|---|---|---|---|",
     ]
     for (augment, workers, name), rates in runs.items():

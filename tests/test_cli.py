@@ -12,10 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
 
+from hwnas import api
 from hwnas.cli import main
+from hwnas.errors import InputError
 from hwnas.exporters.onnx import OnnxExporter
 from hwnas.run import Run
 from hwnas.space import SearchSpace
@@ -191,6 +196,83 @@ def test_profile_before_training(capsys, tmp_path, space_file):
     found = document(capsys, "profile", *words, "--space", space_file)
     assert found["num_children"] == 8
     assert document(capsys, "fit", "--run", run, "--device", "quick")["num_children"] == 8
+
+
+# ---------------------------------------------------------------- training and data
+
+
+def test_dry_run_tells_configuration_and_cost_and_keeps_nothing(capsys, tmp_path):
+    words = ["train", "--run", tmp_path / "run", *TRAIN, "--recipe", "alphanet", "-o", "train.biggest.dropout=0.3"]
+    words += ["-o", "train.batch_size=32", "--dry-run"]
+    found = document(capsys, *words)
+    assert found["train"]["biggest"] == {"label_smoothing": 0.1, "dropout": 0.3, "drop_connect": 0.2}
+    assert found["train"]["distillation"] == "alpha-divergence"
+    assert found["space"]["in_channels"] == 1
+    assert found["plan"]["total_s"] > found["plan"]["num_steps"] * found["plan"]["step_s"] * 0.99
+    assert not (tmp_path / "run" / "run.yaml").exists()
+    code, out, _ = hwnas(capsys, *words)
+    assert code == 0
+    assert "alpha-divergence" in out
+    assert re.search(r"a step +[\d.]+ ms", out)
+    assert re.search(r"the whole +\d+ steps and 1 evaluations: [\d.]+ min", out)
+
+
+def test_training_shows_the_watched_children(capsys, tmp_path, space_file):
+    child = tmp_path / "mine.json"
+    child.write_text(json.dumps(SearchSpace.load(space_file).smallest().to_dict()))
+    words = ["train", "--run", tmp_path / "run", "--space", space_file, *TRAIN, "-o", f"train.watch=[biggest,{child}]"]
+    code, out, err = hwnas(capsys, *words)
+    assert code == 0, err
+    assert re.search(r"mine +0\.5\d +\d+\.\d\d%", out)
+    assert "mine child" in err
+    again = document(capsys, *words)  # finished: nothing is trained again, and the table is still there
+    assert {one["child"] for one in again["evaluations"]} == {"biggest", "mine"}
+
+
+def test_options_without_effect_on_the_weights_may_change(capsys, tmp_path, space_file):
+    words = ["train", "--run", tmp_path / "run", "--space", space_file, *TRAIN]
+    document(capsys, *words)
+    document(capsys, *words, "-o", "train.watch_images=20")
+    assert Run(tmp_path / "run").config.train.watch_images == 20
+    code, _, err = hwnas(capsys, *words, "-o", "train.lr=0.1")
+    assert code == 2
+    assert "another train (lr=0.2 there, 0.1 now)" in err
+
+
+def test_data_is_shown_and_checked(capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{number}.png")
+    words = ["data", tmp_path / "pets", "--run", tmp_path / "run"]
+    found = document(capsys, *words, "--check")
+    assert found["classes"] == ["cat", "dog"]
+    assert sum(part["images"] for part in found["splits"].values()) == 20
+    assert found["unreadable"] == []
+    broken = tmp_path / "pets" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    code, _, err = hwnas(capsys, *words, "--check")
+    assert code == 2
+    assert f"{broken}: cannot be read as an image" in err
+    assert err.splitlines()[-1] == "hwnas: 1 images cannot be read: replace or remove them"
+
+
+def test_a_dataset_of_pytorch_goes_through_every_verb(tmp_path, space_file):
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)
+    pixels = [Image.fromarray(image) for image in images]
+    data = list(zip(pixels, digits.target.tolist(), strict=True))
+    options = {"train.epochs": 0.3, "train.threads": 1, "data.size": 12}
+    run = api.train(tmp_path / "run", space=space_file, data=data, changes=options)
+    smallest = run.space.smallest()
+    assert 0 <= api.accuracy(smallest, run.path, data=data) <= 1
+    folder, manifest = api.export(run.path, arch="smallest", data=data)
+    assert manifest["classes"] == [str(number) for number in range(10)]
+    assert (folder / "model.onnx").is_file()
+    with pytest.raises(InputError, match="has the images of a dataset of PyTorch: give that as data, in Python"):
+        api.accuracy(smallest, run.path)
 
 
 # ---------------------------------------------------------------- wrong input

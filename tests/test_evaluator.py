@@ -167,8 +167,9 @@ def test_scores_during_training(data):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {tests!r})
 import test_evaluator as t
 folder = Path({folder!r})
