@@ -3,6 +3,10 @@ from pathlib import Path
 
 import pytest
 
+# Where other programs compute, two threads of a small network can be a hundred times slower than one: each waits for
+# the other at every operation. Read by torch, here and in the processes that tests start, when it is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip, with the reason, what this machine cannot run."""

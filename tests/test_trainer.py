@@ -546,7 +546,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(data, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hwnas.weights.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match=r"step 1 cannot be written \(No space left on device\): free some space"):
         trainer.checkpoint()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000000.safetensors"]
 

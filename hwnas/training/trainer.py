@@ -104,8 +104,7 @@ class Trainer:
             `result`.
 
         Raises:
-            InputError: a loss is not finite; the last checkpoint is intact.
-            OSError: a checkpoint cannot be written; the one before is intact.
+            InputError: a loss is not finite, or a checkpoint cannot be written; the last one is intact.
         """
         if self.step >= self.num_steps:
             return self.result
@@ -236,13 +235,20 @@ class Trainer:
         """Save the state after the last step, in the first process.
 
         Raises:
-            OSError: the disk is full, for example; the older checkpoints are intact.
+            InputError: it cannot be written, as the disk is full, for example; the older checkpoints are intact.
         """
         if not self.processes.first or self.folder is None:
             return None
         state = {"evaluations": [one.to_dict() for one in self.evaluations], "scaler": self._scaler.state_dict()}
         checkpoint = Checkpoint(self.step, self.config, self.space, self._data_identity(), self._tensors(), state)
-        return checkpoint.save(self.folder / "checkpoints")
+        folder = self.folder / "checkpoints"
+        try:
+            return checkpoint.save(folder)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: the checkpoint of step {self.step} cannot be written ({error.strerror}): free some space; "
+                "the one before is intact, and the same command goes on from it"
+            ) from None
 
     def choose_threads(self) -> None:
         """Use the recipe's number of threads, or the one that makes a step fastest, as measured now.
