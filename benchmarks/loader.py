@@ -1,7 +1,7 @@
 """How fast training images are decoded and augmented, next to torchvision's own pipeline.
 
-    python benchmarks/loader.py                                    # 10,000 images: 1.1 GB, and about half an hour
-    python benchmarks/loader.py --images 500 --repeats 3           # a first impression
+    python benchmarks/loader.py                                    # 10,000 images: 1.1 GB, and about ten minutes
+    python benchmarks/loader.py --images 3000 --repeats 1          # a first impression
 
 The images are JPEG files of ImageNet's size, cut from photographs that scikit-learn brings. Both pipelines give random
 parts of 224 x 224 pixels, ours in threads and torchvision's in processes, and run in turns: a busy machine slows both.
@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -70,34 +70,37 @@ def write_photos(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def ours(folder: Path, augment: Augmentation, workers: int) -> Iterator[object]:
+def ours(folder: Path, augment: Augmentation, workers: int) -> Generator[object, None, None]:
     split = open_folder(folder, print).train
     with closing(train_batches(split, BATCH, seed=0, augment=augment, threads=workers)) as batches:
-        yield from islice(batches, len(split) // BATCH)
+        yield from batches
 
 
-def torchvisions(folder: Path, augment: Augmentation, workers: int) -> Iterator[object]:
+def torchvisions(folder: Path, augment: Augmentation, workers: int) -> Generator[object, None, None]:
     steps = [transforms.RandomResizedCrop(SIZE, scale=(LEAST_AREA, 1)), transforms.RandomHorizontalFlip()]
     policy = [transforms.AutoAugment()] if augment == "autoaugment" else []
     data = ImageFolder(folder, transforms.Compose([*steps, *policy, transforms.PILToTensor()]))
     yield from DataLoader(data, BATCH, shuffle=True, num_workers=workers, drop_last=True)
 
 
-PIPELINES: dict[str, Callable[[Path, Augmentation, int], Iterator[object]]] = {
+PIPELINES: dict[str, Callable[[Path, Augmentation, int], Generator[object, None, None]]] = {
     "ours": ours,
     "torchvision": torchvisions,
 }
 
 
-def images_per_s(batches: Iterator[object]) -> float:
-    """Over all batches but the first, so that starting processes does not count as loading."""
-    next(batches)
+def images_per_s(batches: Iterator[object], skip: int, count: int) -> float:
+    """Over `count` batches, after so many that what was prepared ahead is as much at the start as at the end."""
+    for _ in islice(batches, skip):
+        pass
     start = time.perf_counter()
-    num_images = BATCH * sum(1 for _ in batches)
-    return num_images / (time.perf_counter() - start)
+    seen = sum(1 for _ in islice(batches, count))
+    seconds = time.perf_counter() - start
+    assert seen == count, "too few images"
+    return BATCH * count / seconds
 
 
-def measured(folder: Path, repeats: int, numbers: list[int]) -> list[str]:
+def measured(folder: Path, repeats: int, numbers: list[int], count: int) -> list[str]:
     runs: dict[tuple[Augmentation, int, str], list[float]] = {}
     with Reporter("loading") as report:
         total = repeats * len(numbers) * len(AUGMENTATIONS) * len(PIPELINES)
@@ -105,7 +108,8 @@ def measured(folder: Path, repeats: int, numbers: list[int]) -> list[str]:
             for augment in AUGMENTATIONS:
                 for workers in numbers:
                     for name, pipeline in PIPELINES.items():
-                        rate = images_per_s(pipeline(folder, augment, workers))
+                        with closing(pipeline(folder, augment, workers)) as batches:
+                            rate = images_per_s(batches, 3 * workers + 1, count)
                         runs.setdefault((augment, workers, name), []).append(rate)
                         done = sum(map(len, runs.values()))
                         report(done, total, f"{augment}, {workers} {name}: {rate:.0f} images/s")
@@ -125,7 +129,8 @@ def measured(folder: Path, repeats: int, numbers: list[int]) -> list[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=20, help="timed in a run")
     parser.add_argument("--folder", type=Path, help="for the images, which stay there; a temporary one otherwise")
     parser.add_argument("--output", type=Path, help="write the results there too")
     arguments = parser.parse_args()
@@ -140,11 +145,12 @@ if __name__ == "__main__":
         lines = heading(
             "Loading of training images",
             f"{len(paths)} JPEG files of {kilobytes:.0f} KB and {width:.0f} x {height:.0f} pixels on average; random "
-            f"parts of {SIZE} x {SIZE} pixels; batches of {BATCH}; medians of {arguments.repeats} runs in turns; "
+            f"parts of {SIZE} x {SIZE} pixels; {arguments.batches} batches of {BATCH} from all over the files a run; "
+            f"medians of {arguments.repeats} runs in turns; "
             f"load of the machine before: {os.getloadavg()[0]:.1f}",
         )
         lines.insert(5, f"- torchvision {torchvision_version}, Pillow {__version__}")
-        lines += [*measured(folder, arguments.repeats, sorted({1, cores})), ""]
+        lines += [*measured(folder, arguments.repeats, sorted({1, cores}), arguments.batches), ""]
     text = "\n".join(lines)
     print(text)
     if arguments.output is not None:
