@@ -254,8 +254,8 @@ def alphanet() -> TrainConfig:
 def short() -> TrainConfig:
     """BigNAS's schedule squeezed into a few epochs on small images: minutes on a desktop processor.
 
-    Small batches and SGD with a high rate learn most from so few images; augmentation and gamma-zero cost more than they
-    give in an epoch or two (benchmarks/results/bignas_claim.md).
+    Small batches and SGD with a high rate learn most from so few images; augmentation and gamma-zero cost more than
+    they give in an epoch or two (benchmarks/results/bignas_claim.md).
     """
     return TrainConfig(
         epochs=1.4,
