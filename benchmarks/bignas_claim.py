@@ -199,6 +199,8 @@ def plot(space: SearchSpace, found: dict[str, dict[str, float]], seeds: int, pat
             label=label,
         )
     axes.set(xscale="log", xlabel="million multiply-adds", ylabel="test accuracy, %", title="Fashion-MNIST")
+    axes.set_xticks(macs, labels=[f"{name}\n{value:.2f}" for name, value in zip(names, macs, strict=True)])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -487,6 +487,7 @@ def search(
         DeviceError: the device cannot be used.
     """
     from hwnas.searcher import Searcher
+    from hwnas.strategies import Scored
 
     opened = Run(run)
     predictor = opened.predictor(device)
@@ -503,6 +504,11 @@ def search(
             measure=partial(bench, role="finalist"),
             measurements=_known(target, store, "fit"),
             storage_url=opened.storage_url,
+            known=lambda: [
+                Scored(arch, accuracy)
+                for arch, accuracy in evaluator.known(store)
+                if arch.resolution in opened.space.resolution
+            ],
             seed=seed,
             notice=notice,
         )

@@ -105,8 +105,8 @@ class Evaluator:
         Raises:
             InputError: an unknown split, or an image cannot be read.
         """
-        images, weights = self._split(split), self.supernet.identity()
-        protocol = f"{self.protocol.key()} images={len(images)} data={self.data.name}"
+        images = self._split(split)
+        weights, protocol = self._which(split)
         found: dict[Architecture, float] = {}
         for arch in dict.fromkeys(archs):
             known = store.evaluation(arch, weights, split, protocol)
@@ -130,6 +130,16 @@ class Evaluator:
                 )
                 report(number, len(unknown), arch.describe())
         return [found[arch] for arch in archs]
+
+    def known(self, store: Store, split: str = "validation") -> list[tuple[Architecture, float]]:
+        """Children whose accuracy the store knows for these weights, and that accuracy, 0 to 1, in order."""
+        weights, protocol = self._which(split)
+        return [(one.arch, one.accuracy) for one in store.evaluations(weights, split, protocol)]
+
+    def _which(self, split: str) -> tuple[str, str]:
+        """What the store identifies evaluations by, beside the child and the split: weights and protocol."""
+        protocol = f"{self.protocol.key()} images={len(self._split(split))} data={self.data.name}"
+        return self.supernet.identity(), protocol
 
     def scores(
         self, archs: Sequence[Architecture], split: str = "validation", *, num_images: int | None = None

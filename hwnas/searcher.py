@@ -22,7 +22,7 @@ from hwnas.space import Architecture, SearchSpace
 from hwnas.strategies import CoarseToFine, RandomSearch, Scored, Strategy
 
 FINALISTS = 4  # measured at a time
-GENERATION = 8  # children proposed, and evaluated, at a time; on every machine, so that all find the same
+GENERATION = 2  # children proposed, and evaluated, at a time; on every machine, so that all find the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +126,8 @@ class Searcher:
         measure: puts children on the device.
         measurements: what was measured on the device so far.
         storage_url: of Optuna's storage.
+        known: children that other searches have evaluated on the same weights; those that keep the limit are
+            candidates for the answer, so that a looser limit never gets a worse one than a tighter limit got.
         seed: of all chance.
         notice: told what a user should know.
 
@@ -145,11 +147,12 @@ class Searcher:
         measure: Callable[[Sequence[Architecture]], Sequence[Measurement]],
         measurements: Sequence[Measurement],
         storage_url: str,
+        known: Callable[[], Sequence[Scored]] = tuple,
         seed: int = 0,
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.space, self.predictor = space, predictor
-        self.evaluate, self.measure = evaluate, measure
+        self.evaluate, self.measure, self.known = evaluate, measure, known
         self.storage_url, self.seed, self.notice = storage_url, seed, notice
         self._measured = {m.arch: m for m in measurements if m.error is None}
         # Exploring goes by predictions alone: a measured latency changes a little with every further measurement,
@@ -180,19 +183,29 @@ class Searcher:
             rng = np.random.default_rng([self.seed, 1])
             uniform = RandomSearch(self.space, self.limit.feasible, len(found), rng)
             drawn = self.explore(uniform, "random", lambda done, note: report(len(found) + done, total, note))
+        pool = [*found, *self._from_elsewhere(found, drawn)]
         self.limit = replace(self.limit, measured=self._latencies())
-        best = self.confirm(found)
+        best = self.confirm(pool)
         random = self.confirm(drawn) if drawn else None
         return Result(
             device=self.limit.device,
             limit_ms=self.limit.ms,
             confidence=self.limit.confidence,
             best=best,
-            front=pareto_front([self.candidate(scored) for scored in found if self._keeps_limit(scored.arch)]),
+            front=pareto_front([self.candidate(scored) for scored in pool if self._keeps_limit(scored.arch)]),
             random=random,
             num_evaluations=len(found),
             seed=self.seed,
         )
+
+    def _from_elsewhere(self, found: Sequence[Scored], drawn: Sequence[Scored]) -> list[Scored]:
+        """Known children that keep the limit, without those of this search and its baseline."""
+        own = {scored.arch for scored in (*found, *drawn)}
+        others = [scored for scored in self.known() if scored.arch not in own]
+        if not others:
+            return []
+        keeps = self.limit.feasible(self.space.encode([scored.arch for scored in others]))
+        return [scored for scored, fits in zip(others, keeps, strict=True) if fits]
 
     # ------------------------------------------------------------ exploring
 

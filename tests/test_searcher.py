@@ -12,6 +12,7 @@ from hwnas.limits import REPEATABILITY, LatencyLimit
 from hwnas.predictors import make_predictor
 from hwnas.searcher import Candidate, Result, Searcher, pareto_front
 from hwnas.space import Architecture, SearchSpace
+from hwnas.strategies import Scored
 
 SPACE = SearchSpace.load("tiny", resolution=[16, 20, 24, 28])
 
@@ -92,6 +93,20 @@ def test_the_best_is_measured_and_keeps_the_limit(world):
     assert result.best.accuracy >= result.random.accuracy
     assert result.num_evaluations == 20
     assert result.best.macs == total_macs(lower(SPACE, result.best.architecture))
+
+
+def test_a_looser_limit_never_gets_a_worse_answer(world):
+    """A child that an earlier search evaluated is a candidate, if it keeps the limit; it costs no evaluation."""
+    good, slow = SPACE.sample(np.random.default_rng(8)), SPACE.largest()
+    limit = 1.2 * latency(good)
+    assert limit < latency(slow)
+    known = [Scored(good, 0.99), Scored(slow, 1.0)]
+    result = world.searcher(limit, known=lambda: known).run(6, baseline=True)
+    assert result.best.architecture == good
+    assert result.best.measured_ms == pytest.approx(latency(good))
+    assert result.num_evaluations == 6
+    assert good not in world.evaluated
+    assert result.random.architecture != good
 
 
 def test_infeasible_children_are_never_evaluated(world):
