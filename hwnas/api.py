@@ -6,8 +6,8 @@ Each works on a run folder and finds there what the one before left. Heavy packa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -86,15 +86,11 @@ def train(
         InputError: bad data, space or configuration, or the run folder holds another run.
     """
     from hwnas.supernet import WEIGHTS
-    from hwnas.training.processes import processes
 
-    config = _training_config(run, space, data, recipe, changes)
-    assert config.train is not None
-    with processes(config.train.device) as team:
-        config, images = _load(config, run, team, notice, data)
+    folder = Run.locate(run)
+    with _training(run, space, data, recipe, changes, notice) as (config, images, team):
         if team.first:
             Run.create(run, config)
-        folder = Run.locate(run)
         trainer = _trainer(config, images, folder, team, notice)
         supernet = trainer.run(report)
         if team.first:
@@ -134,13 +130,31 @@ def plan(
         InputError: bad data, space or configuration.
     """
     from hwnas.training.plan import plan as measure_plan
+
+    with _training(run, space, data, recipe, changes, notice) as (config, images, team):
+        return config, measure_plan(_trainer(config, images, None, team, notice))
+
+
+@contextmanager
+def _training(
+    run: str | Path | None,
+    space: str | Path | None,
+    data: str | Path | TorchDatasets | None,
+    recipe: str,
+    changes: dict[str, Any] | None,
+    notice: Notice,
+) -> Iterator[tuple[RunConfig, Dataset, Processes]]:
+    """What a training starts from: the configuration, with the images' channels and classes; the images; who trains."""
     from hwnas.training.processes import processes
 
     config = _training_config(run, space, data, recipe, changes)
     assert config.train is not None
     with processes(config.train.device) as team:
-        config, images = _load(config, run, team, notice, data)
-        return config, measure_plan(_trainer(config, images, None, team, notice))
+        told = notice if team.first else _quiet
+        images = team.one_after_the_first(lambda: load_data(config, Run.locate(run), told, data))
+        channels = images.preprocessing.channels
+        suited = replace(config.space, in_channels=channels, num_classes=len(images.classes))
+        yield replace(config, space=suited), images, team
 
 
 def _training_config(
@@ -158,17 +172,6 @@ def _training_config(
     if space is not None or changes:
         raise InputError("this run has its configuration already: leave out the options, or give --data too")
     return folder.config
-
-
-def _load(
-    config: RunConfig, run: str | Path | None, team: Processes, notice: Notice, data: str | Path | TorchDatasets | None
-) -> tuple[RunConfig, Dataset]:
-    """The images, and the configuration with their channels and classes."""
-    told = notice if team.first else _quiet
-    images = team.one_after_the_first(lambda: load_data(config, Run.locate(run), told, data))
-    channels = images.preprocessing.channels
-    space = replace(config.space, in_channels=channels, num_classes=len(images.classes))
-    return replace(config, space=space), images
 
 
 def _trainer(config: RunConfig, images: Dataset, folder: Path | None, team: Processes, notice: Notice) -> Trainer:
@@ -220,14 +223,14 @@ def load_data(
         raise InputError(f"the run at {folder} has no data: train with `hwnas train --data ...`")
     options = asdict(config.data)
     name = options.pop("name")
-    if (name == PYTORCH) != (data is not None and not isinstance(data, str | Path)):
+    given = None if data is None or isinstance(data, str | Path) else data
+    if (name == PYTORCH) != (given is not None):
         raise InputError(
             f"the run at {folder} has the images of a dataset of PyTorch: give that as data, in Python"
             if name == PYTORCH
             else f"the run at {folder} has the images of {name}: give no dataset of PyTorch"
         )
-    source = name if data is None or isinstance(data, str | Path) else data
-    return load_dataset(source, cache=folder / "cache", notice=notice, **options)
+    return load_dataset(name if given is None else given, cache=folder / "cache", notice=notice, **options)
 
 
 def inspect_data(

@@ -10,16 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hwnas.layers import BN_EPS, Layer
-from hwnas.network import Network, function, run
-
-# In place: nothing else reads what they overwrite.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "swish": lambda x: F.silu(x, inplace=True),
-    "h-swish": lambda x: F.hardswish(x, inplace=True),
-    "sigmoid": torch.sigmoid_,
-    "h-sigmoid": lambda x: F.hardsigmoid(x, inplace=True),
-}
+from hwnas.network import ACTIVATIONS, Network, function, run
 
 
 @torch.inference_mode()
@@ -141,7 +132,8 @@ def _layer(
                 x = F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, 1, layer.groups)
             if layer.norm and normalise is not None:
                 x = normalise(layer, x)
-            return _ACTIVATIONS[layer.activation](x) if layer.activation else x
+            # In place: nothing else reads what it overwrites.
+            return ACTIVATIONS[layer.activation].in_place(x) if layer.activation else x
         case "scale":
             return x.mul_(inputs[1])  # the pooled features, its other reader, are worked out before
         case _:

@@ -8,7 +8,6 @@ next command to run. Exit codes: 0 done, 1 bug, 2 wrong input, 3 limit not satis
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -133,9 +132,10 @@ def train(
     """
     from hwnas import api
     from hwnas.config import read_json
+    from hwnas.machine import torchrun_ranks
     from hwnas.progress import Reporter
 
-    first = int(os.environ.get("RANK", "0")) == 0  # of torchrun's processes, the one that talks
+    first = torchrun_ranks()[0] == 0  # of torchrun's processes, the one that talks
     changes = parse_changes(pairs, config)
     if dry_run:
         resolved, plan = api.plan(run, data=data, space=space, recipe=recipe, changes=changes, notice=notice)

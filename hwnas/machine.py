@@ -1,4 +1,4 @@
-"""What this machine offers."""
+"""What this machine offers to this process."""
 
 from __future__ import annotations
 
@@ -8,3 +8,12 @@ import os
 def num_processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def torchrun_ranks() -> tuple[int, int, int, int]:
+    """Rank and number of processes, in all and on this machine, as `torchrun` sets them; (0, 1, 0, 1) without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in names):
+        return 0, 1, 0, 1
+    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
+    return rank, count, local_rank, local_count

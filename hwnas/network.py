@@ -6,7 +6,8 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,21 @@ from torch import Tensor, nn
 
 from hwnas.layers import BN_EPS, IMAGE, Layer
 
-_ACTIVATIONS: dict[str, tuple[type[nn.Module], Callable[[Tensor], Tensor]]] = {
-    "relu": (nn.ReLU, F.relu),
-    "swish": (nn.SiLU, F.silu),
-    "h-swish": (nn.Hardswish, F.hardswish),
-    "sigmoid": (nn.Sigmoid, torch.sigmoid),
-    "h-sigmoid": (nn.Hardsigmoid, F.hardsigmoid),
+
+class ActivationForms(NamedTuple):
+    """One activation as a module, as a function, and as a function that writes into its argument."""
+
+    module: type[nn.Module]
+    function: Callable[[Tensor], Tensor]
+    in_place: Callable[[Tensor], Tensor]
+
+
+ACTIVATIONS = {
+    "relu": ActivationForms(nn.ReLU, F.relu, torch.relu_),
+    "swish": ActivationForms(nn.SiLU, F.silu, partial(F.silu, inplace=True)),
+    "h-swish": ActivationForms(nn.Hardswish, F.hardswish, partial(F.hardswish, inplace=True)),
+    "sigmoid": ActivationForms(nn.Sigmoid, torch.sigmoid, torch.sigmoid_),
+    "h-sigmoid": ActivationForms(nn.Hardsigmoid, F.hardsigmoid, partial(F.hardsigmoid, inplace=True)),
 }
 
 # On a CPU, torch's oneDNN compiles a kernel for every new shape of a convolution and by default remembers 1,024; the
@@ -80,7 +90,7 @@ def function(
                     training=training or mean is None,
                     eps=BN_EPS,
                 )
-            return _ACTIVATIONS[layer.activation][1](x) if layer.activation else x
+            return ACTIVATIONS[layer.activation].function(x) if layer.activation else x
         case "linear":
             return F.linear(x.flatten(1), tensors[f"{layer.name}.weight"], tensors[f"{layer.name}.bias"])
         case "avg_pool":
@@ -148,7 +158,7 @@ def build(layer: Layer, **options: Any) -> nn.Module:
     if layer.norm:
         parts["norm"] = nn.BatchNorm2d(layer.out_channels, eps=BN_EPS, **options)
     if layer.activation:
-        parts["act"] = _ACTIVATIONS[layer.activation][0]()
+        parts["act"] = ACTIVATIONS[layer.activation].module()
     return nn.Sequential(parts)
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hwnas.training.processes import Processes, environment, processes
+from hwnas.machine import torchrun_ranks
+from hwnas.training.processes import Processes, processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,7 +149,7 @@ def test_a_killed_process_costs_nothing_but_time(tmp_path):
 def test_one_process_needs_no_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert environment() == (0, 1, 0, 1)
+    assert torchrun_ranks() == (0, 1, 0, 1)
     with processes("cpu") as team:
         assert team == Processes()
         assert team.first

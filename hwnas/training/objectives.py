@@ -97,14 +97,13 @@ def regulariser(
         noise: where the masks come from.
         num_stages: how many of the last stages drop-connect reaches.
     """
-    blocks = list(dict.fromkeys(layer.name.rpartition(".add")[0] for layer in layers if layer.kind == "add"))
-    first_stage = len(space.stages) - num_stages + 1
+    adds = [layer.name for layer in layers if layer.kind == "add"]
+    last = tuple(f"stage{number}." for number in range(len(space.stages) - num_stages + 1, len(space.stages) + 1))
     drops = {
-        f"{block}.add": rule.drop_connect * index / len(blocks)
-        for index, block in enumerate(blocks)
-        if int(block.partition(".")[0].removeprefix("stage")) >= first_stage
+        name: rule.drop_connect * index / len(adds)
+        for index, name in enumerate(adds)
+        if rule.drop_connect and index and name.startswith(last)
     }
-    drops = {name: drop for name, drop in drops.items() if drop}
     if not rule.dropout and not drops:
         return None
 

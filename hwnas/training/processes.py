@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from hwnas.errors import InputError
+from hwnas.machine import torchrun_ranks
 
 T = TypeVar("T")
 
@@ -81,15 +82,6 @@ class Processes:
         return done
 
 
-def environment() -> tuple[int, int, int, int]:
-    """Rank and number of processes, in all and on this machine, as `torchrun` sets them; (0, 1, 0, 1) without it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in names):
-        return 0, 1, 0, 1
-    rank, count, local_rank, local_count = (int(os.environ[name]) for name in names)
-    return rank, count, local_rank, local_count
-
-
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Processes]:
     """This process and the others that `torchrun` started with it; by itself if it was started in another way.
@@ -100,7 +92,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     Raises:
         InputError: CUDA is asked for and not there.
     """
-    rank, count, local_rank, local_count = environment()
+    rank, count, local_rank, local_count = torchrun_ranks()
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device=cuda: torch finds no CUDA device here: use auto or cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
