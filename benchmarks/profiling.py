@@ -19,8 +19,8 @@ from environment import heading
 
 from hwnas import __version__
 from hwnas.devices import load_device
-from hwnas.devices.base import Measurement
 from hwnas.measure import choose_children, measure
+from hwnas.measurement import Measurement
 from hwnas.predictors import cross_validate, make_predictor, report
 from hwnas.progress import Reporter
 from hwnas.space import SearchSpace

@@ -19,7 +19,7 @@ _MODULES = {
     "LatencyPredictor": "hwnas.predictors",
     "Layer": "hwnas.layers",
     "LimitError": "hwnas.errors",
-    "Measurement": "hwnas.devices.base",
+    "Measurement": "hwnas.measurement",
     "Network": "hwnas.network",
     "Plan": "hwnas.training.plan",
     "Profile": "hwnas.api",
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from hwnas.api import profile as profile
     from hwnas.api import search as search
     from hwnas.api import train as train
-    from hwnas.devices.base import Measurement as Measurement
     from hwnas.devices.base import Timing as Timing
     from hwnas.errors import DeviceError as DeviceError
     from hwnas.errors import ExportError as ExportError
@@ -62,6 +61,7 @@ if TYPE_CHECKING:
     from hwnas.errors import LimitError as LimitError
     from hwnas.layers import Layer as Layer
     from hwnas.layers import lower as lower
+    from hwnas.measurement import Measurement as Measurement
     from hwnas.network import Network as Network
     from hwnas.predictors import LatencyPredictor as LatencyPredictor
     from hwnas.predictors import make_predictor as make_predictor

@@ -17,12 +17,12 @@ import numpy as np
 
 from hwnas import __version__
 from hwnas.config import check, read_json
-from hwnas.devices import Device, device_names, load_device
-from hwnas.devices.base import Measurement, Role
+from hwnas.devices import Device, device_files, load_device, load_spec
 from hwnas.errors import DeviceError, InputError
 from hwnas.files import write_text
 from hwnas.layers import Layer, lower, total_macs, total_params
 from hwnas.measure import choose_children, measure
+from hwnas.measurement import Measurement, Role
 from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, make_predictor
 from hwnas.predictors import report as prediction_report
 from hwnas.progress import Report, silent
@@ -754,15 +754,18 @@ def read_architecture(arch: str | Path | Architecture, space: SearchSpace) -> Ar
 def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
     """The devices that can be named, and whether the run has a predictor for them."""
     found = Run.find(run)
+    folder = None if found is None else found.path / "devices"
     listed = []
-    for name in device_names(None if found is None else found.path / "devices"):
-        device = load_device(name, None if found is None else found.path / "devices")
+    for name in device_files(folder):
+        _, spec = load_spec(name, folder)
         listed.append(
             {
                 "name": name,
-                "runtime": device.runtime,
-                "accepts": device.accepts,
-                "precision": device.precision,
+                "description": spec.description,
+                "transport": spec.transport,
+                "runtime": spec.runs,
+                "accepts": spec.accepts,
+                "precision": spec.precision,
                 "predictor": found is not None and found.predictor_path(name).is_file(),
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,3 +44,8 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a network: `path`, and those beside it that share its stem (ncnn's `m.param` and `m.bin`)."""
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))

@@ -10,20 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.devices.base import (
-    Device,
-    DeviceGoneError,
-    Measurement,
-    Role,
-    RunTimes,
-    Timing,
-    protocol_key,
-    steady_rounds,
-    usual_ms,
-)
+from hwnas.devices.base import Device, DeviceGoneError, RunTimes, Timing
+from hwnas.devices.lock import exclusive
 from hwnas.errors import DeviceError, ExportError
 from hwnas.exporters.base import exporter, random_tensors
+from hwnas.files import parts
 from hwnas.layers import LayerSums, lower
+from hwnas.measurement import Measurement, Role, protocol_key, steady_rounds, usual_ms
 from hwnas.progress import Report, silent
 from hwnas.space import Architecture, Genes, SearchSpace
 from hwnas.store import Store
@@ -102,7 +95,7 @@ class _Bench:
     ) -> None:
         self._space, self._device, self._timing, self._store = space, device, timing, store
         self._folder, self._rng = folder, rng
-        self._exporter = exporter(device.accepts)
+        self._exporter = exporter(device.accepts, device.file_precision)
         self._versions = device.versions()
         reference = reference_child(space)
         self._reference = reference.id
@@ -132,9 +125,11 @@ class _Bench:
         try:
             path = file or self._write(arch)
             written = time.perf_counter()
-            rounds, reference_ms = self._rounds(path)
+            with exclusive(self._device.address):
+                rounds, reference_ms = self._rounds(path)
             if file is None:
-                path.unlink()
+                for part in parts(path):
+                    part.unlink()
         except DeviceGoneError:
             raise
         except (DeviceError, ExportError) as failure:

@@ -12,10 +12,10 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from hwnas.devices.base import Measurement
 from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs, total_params
 from hwnas.limits import LatencyLimit
+from hwnas.measurement import Measurement
 from hwnas.predictors import LatencyPredictor
 from hwnas.progress import Report, silent
 from hwnas.space import Architecture, SearchSpace

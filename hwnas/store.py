@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from hwnas.config import check
-from hwnas.devices.base import Measurement, Role, RunTimes, Timing, usual_ms
+from hwnas.devices.base import RunTimes, Timing
 from hwnas.errors import InputError
+from hwnas.measurement import Measurement, Role, usual_ms
 from hwnas.space import Architecture
 
 SCHEMA = 1
@@ -42,7 +43,7 @@ _measurements = sa.Table(
     sa.Column("role", sa.String, nullable=False),
     sa.Column("times", sa.LargeBinary, nullable=False),  # float64, ms, all rounds on end
     sa.Column("preempted", sa.LargeBinary, nullable=False),  # one bit a time
-    sa.Column("rounds", sa.JSON, nullable=False),  # of each round the number of times, and its facts
+    sa.Column("rounds", sa.JSON, nullable=False),  # of each round the number of times, its facts, and its spread
     sa.Column("reference_ms", sa.JSON, nullable=False),
     sa.Column("error", sa.String),
     sa.Column("write_s", sa.Float, nullable=False),
@@ -176,7 +177,7 @@ class Store:
             "timing": asdict(measurement.timing),
             "times": np.asarray(times, dtype="<f8").tobytes(),
             "preempted": np.packbits(np.asarray(preempted, dtype=bool)).tobytes(),
-            "rounds": [[len(round.times_ms), dict(round.facts)] for round in measurement.rounds],
+            "rounds": [[len(round.times_ms), dict(round.facts), round.spread] for round in measurement.rounds],
             "reference_ms": list(measurement.reference_ms),
             "created": measurement.created.isoformat(),
         }
@@ -238,9 +239,9 @@ class Store:
             times = np.frombuffer(row.times, dtype="<f8").tolist()
             bits = np.unpackbits(np.frombuffer(row.preempted, dtype=np.uint8)).astype(bool).tolist()
             rounds, start = [], 0
-            for count, facts in row.rounds:
+            for count, facts, *spread in row.rounds:  # older hwnas wrote no spread
                 end = start + count
-                rounds.append(RunTimes(tuple(times[start:end]), tuple(bits[start:end]), facts))
+                rounds.append(RunTimes(tuple(times[start:end]), tuple(bits[start:end]), facts, *spread))
                 start = end
             same = ("device", "runtime", "versions", "precision", "reference", "role", "error", "write_s", "run_s")
             return Measurement(

@@ -181,7 +181,7 @@ class DeviceContract:
         """The file of tiny's smallest or largest child."""
         space = tiny_space()
         layers = lower(space, space.largest() if largest else space.smallest())
-        writer = exporter(device.accepts)
+        writer = exporter(device.accepts, device.file_precision)
         path = folder / f"{'largest' if largest else 'smallest'}{writer.suffix}"
         return writer.write(layers, random_tensors(layers, np.random.default_rng(0)), path).path
 

@@ -36,15 +36,16 @@ STANDS_ON = {
     "training": ["supernet", "evaluator", "progress"],
     # measuring and predicting
     "exporters": ["layers", "files"],
-    "devices": ["layers"],
-    "store": ["devices"],
+    "devices": ["layers", "files"],
+    "measurement": ["devices"],
+    "store": ["measurement"],
     "measure": ["exporters", "store", "progress"],
     "predictors": ["layers", "files"],
     # searching
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
     "limits": ["predictors"],
     "strategies": ["space"],
-    "searcher": ["limits", "strategies", "devices", "progress"],
+    "searcher": ["limits", "strategies", "measurement", "progress"],
     # what users call
     "bundle": ["exporters", "network"],
     "run": ["predictors", "store", "training"],

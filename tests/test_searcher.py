@@ -5,10 +5,11 @@ import numpy as np
 import optuna
 import pytest
 
-from hwnas.devices.base import Measurement, RunTimes, Timing
+from hwnas.devices.base import RunTimes, Timing
 from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs
 from hwnas.limits import REPEATABILITY, LatencyLimit
+from hwnas.measurement import Measurement
 from hwnas.predictors import make_predictor
 from hwnas.searcher import Candidate, Result, Searcher, pareto_front
 from hwnas.space import Architecture, SearchSpace

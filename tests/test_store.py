@@ -14,8 +14,9 @@ import numpy as np
 import optuna
 import pytest
 
-from hwnas.devices.base import Measurement, RunTimes, Timing, usual_ms
+from hwnas.devices.base import RunTimes, Timing
 from hwnas.errors import InputError
+from hwnas.measurement import Measurement, usual_ms
 from hwnas.store import Evaluation, Store
 from hwnas.testing import tiny_space
 

@@ -1,14 +1,14 @@
-"""The program that times network files on a device: `python worker.py onnxruntime`.
+"""The program that times network files on a device: `python worker.py runtimes/openvino.py '{"precision": "fp32"}'`.
 
-It is sent to other machines as it is, so it is one file that imports the standard library, numpy and the runtime,
-never hwnas. A process of its own keeps the measurement free of its parent's threads, and a crash of the runtime away
-from the parent.
+It is sent to other machines as it is, with the runtime's file beside it, so both import the standard library, numpy and
+the runtime's packages, never hwnas. A process of its own keeps the measurement free of its parent's threads, and a
+crash of the runtime away from the parent. The second argument has the arguments of the runtime's class.
 
 It reads one JSON object a line from stdin and answers with one line on stdout, `{"ok": ...}` or `{"error": "why"}`;
 whatever else the runtime prints goes to stderr. It ends when stdin does, or when a request takes over its `limit_s`.
 `warmup_s` is for a network that has to be loaded first.
 
-    {"op": "versions"}                      -> {"onnxruntime": "1.31.1", "processor": "..."}
+    {"op": "versions"}                      -> {"openvino": "2026.4.1", "processor": "..."}
     {"op": "run", "path": ..., "threads": 1, "cores": null, "warmup_runs": 3, "warmup_s": 0.02, "repeats": 10,
      "min_duration_s": 0.05, "limit_s": 60} -> {"times_ns": [...], "preempted": [0, 1, ...], "facts": {...}}
 """
@@ -24,10 +24,12 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
+if TYPE_CHECKING:
+    from hwnas.devices.runtimes.base import Runtime
 
 try:
     import resource
@@ -35,47 +37,6 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 NUM_OPEN = 2  # networks kept loaded: the child and the reference that are timed in turns
-
-
-class OnnxRuntime:
-    """Networks in ONNX files, on the processor."""
-
-    accepts = "onnx"
-
-    def versions(self) -> dict[str, str]:
-        """Of the runtime."""
-        import onnxruntime
-
-        return {"onnxruntime": str(onnxruntime.__version__)}
-
-    def load(self, path: str, threads: int) -> Callable[[], object]:
-        """A function that runs the network once on random input."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        providers = ["CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-        if session.get_providers() != providers:  # onnxruntime only warns
-            raise RuntimeError(f"the network would run on {session.get_providers()}, not {providers}")
-        rng = np.random.default_rng(0)
-        # Bound buffers: making the arrays of `session.run` takes 5 us, a tenth of a tiny network.
-        binding = session.io_binding()
-        for tensor, bind in [
-            *((tensor, binding.bind_ortvalue_input) for tensor in session.get_inputs()),
-            *((tensor, binding.bind_ortvalue_output) for tensor in session.get_outputs()),
-        ]:
-            if tensor.type != "tensor(float)" or not all(isinstance(size, int) for size in tensor.shape):
-                raise ValueError(f"{tensor.name} is {tensor.type} {tensor.shape}, not float32 of a fixed shape")
-            value = rng.standard_normal(tensor.shape, dtype=np.float32)
-            bind(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-        return lambda: session.run_with_iobinding(binding)
-
-
-RUNTIMES = {"onnxruntime": OnnxRuntime}
 
 
 def processor() -> str:
@@ -159,7 +120,7 @@ def facts(cores: list[int]) -> dict[str, Any]:
 class Worker:
     """Answers requests for one runtime."""
 
-    def __init__(self, runtime: OnnxRuntime) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._open: OrderedDict[tuple[Any, ...], Callable[[], object]] = OrderedDict()
         self._allowed: set[int] = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
@@ -212,8 +173,26 @@ def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
         answers.flush()
 
 
-if __name__ == "__main__":
+def load_runtime(path: str, **options: Any) -> Runtime:
+    """An object of the class `Runtime` in a file."""
+    spec = spec_from_file_location("hwnas_runtime", path)  # a name that hides no package
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runtime: Runtime = module.Runtime(**options)
+    return runtime
+
+
+def main() -> None:
+    """Serve the runtime named on the command line."""
     wire = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # what the runtime prints
+    here = str(Path(__file__).parent)
+    sys.path[:] = [path for path in sys.path if path != here]  # files here may have names of packages
     gc.disable()
-    serve(Worker(RUNTIMES[sys.argv[1]]()), sys.stdin, wire)
+    serve(Worker(load_runtime(sys.argv[1], **json.loads(sys.argv[2]))), sys.stdin, wire)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Runtimes that Python drives: `worker.py` runs on the device, and this side asks it."""
+"""Runtimes that Python drives: `worker.py` runs them on the device, and this side asks it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
 from hwnas.devices import worker
-from hwnas.devices.base import Device, DeviceGoneError, RunTimes, Timing, Transport
+from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
+from hwnas.devices.transports.base import Transport
 from hwnas.errors import DeviceError
 
 START_TIMEOUT_S = 120.0  # importing a runtime from a cold disk, at the worst
@@ -27,10 +30,12 @@ class WorkerDevice(Device):
     Args:
         name: of the device.
         transport: to the machine.
-        runtime: one of `hwnas.devices.worker.RUNTIMES`.
+        runtime: the name of a file in `hwnas.devices.runtimes`.
         precision: of the arithmetic.
+        options: further arguments of the runtime's class.
         timing: the protocol that suits the device.
         cores: to run on; None for the least busy ones.
+        python: the command that runs Python there; None for the transport's.
     """
 
     def __init__(
@@ -40,13 +45,18 @@ class WorkerDevice(Device):
         runtime: str,
         *,
         precision: str = "fp32",
+        options: Mapping[str, Any] | None = None,
         timing: Timing | None = None,
         cores: tuple[int, ...] | None = None,
+        python: tuple[str, ...] | None = None,
     ) -> None:
         self.name, self.runtime, self.precision = name, runtime, precision
-        self.accepts = worker.RUNTIMES[runtime].accepts
+        self._module = import_module(f"hwnas.devices.runtimes.{runtime}")
+        self.accepts = self._module.Runtime.accepts
         self.timing = timing or Timing()
-        self._transport, self._cores = transport, cores
+        self.address = transport.address
+        self._options = {"precision": precision, **(options or {})}
+        self._transport, self._cores, self._python = transport, cores, python or transport.python
         self._process: _Process | None = None
         self._versions: dict[str, str] = {}
 
@@ -76,6 +86,22 @@ class WorkerDevice(Device):
 
     def close(self) -> None:
         """See `Device`."""
+        self._kill()
+        self._transport.close()
+
+    def check(self) -> Iterator[Check]:
+        """See `Device`."""
+        yield from (checks := list(self._transport.check()))
+        if all(check.passed for check in checks):
+            try:
+                versions = self.versions()
+            except DeviceError as error:
+                where = "" if self.address == "host" else f" on {self.address}"
+                yield Check(self.runtime, str(error), f"install there{where}: {self._module.Runtime.install}")
+            else:
+                yield Check(self.runtime, ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+    def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -83,11 +109,13 @@ class WorkerDevice(Device):
     def _open(self) -> _Process:
         if self._process is None:
             script = self._transport.send(Path(worker.__file__))
-            self._process = _Process(self._transport, [*self._transport.python, script, self.runtime])
+            runtime = self._transport.send(Path(str(self._module.__file__)))
+            command = [*self._python, script, runtime, json.dumps(self._options)]
+            self._process = _Process(self._transport, command)
             try:
                 self._versions = self._ask(self._process, {"op": "versions"}, START_TIMEOUT_S)
             except DeviceError as error:
-                self.close()
+                self._kill()
                 raise DeviceGoneError(f"{error}; is {self.runtime} installed there?") from None
         return self._process
 
@@ -95,10 +123,13 @@ class WorkerDevice(Device):
         try:
             answer = process.ask({**request, "limit_s": timeout_s + 5}, timeout_s)  # it ends itself if we are gone
         except _Ended as ended:
-            self.close()
+            self._kill()
+            if ended.lost:
+                self._transport.lost()
+                raise DeviceError(f"device {self.name!r}: {ended}") from None
             raise DeviceError(f"device {self.name!r}: {self.runtime} {ended}") from None
         except BaseException:  # interrupted: its answer would be taken for that of the next request
-            self.close()
+            self._kill()
             raise
         if "error" in answer:
             raise DeviceError(f"device {self.name!r}: {_first_line(answer['error'])}")
@@ -106,13 +137,21 @@ class WorkerDevice(Device):
 
 
 class _Ended(Exception):
-    """The worker cannot answer any more; the message completes the sentence `onnxruntime ...`."""
+    """The worker cannot answer any more; the message completes the sentence `onnxruntime ...`.
+
+    If the connection was lost, it is a sentence of its own.
+    """
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 class _Process:
     """A running worker."""
 
     def __init__(self, transport: Transport, command: list[str]) -> None:
+        self._transport = transport
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in kill
         try:
             self._process: subprocess.Popen[bytes] = transport.start(command, self._stderr)
@@ -134,7 +173,7 @@ class _Process:
             self._requests.write(json.dumps(request).encode() + b"\n")
             self._requests.flush()
         except OSError:
-            raise _Ended(self._reason()) from None
+            raise self._ended() from None
         line = self._read_line(timeout_s)
         try:
             answer: dict[str, Any] = json.loads(line)
@@ -151,23 +190,27 @@ class _Process:
                     raise _Ended(f"did not answer within {timeout_s:g} s, and was ended")
                 data = os.read(self._answers.fileno(), 1 << 16)
                 if not data:
-                    raise _Ended(self._reason())
+                    raise self._ended()
                 self._rest += data
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 
-    def _reason(self) -> str:
+    def _ended(self) -> _Ended:
         """Why the worker died."""
         try:
             status = self._process.wait(2)
         except subprocess.TimeoutExpired:
-            return "closed its output"
-        if status < 0:
-            hint = " (out of memory, or somebody killed it)" if status == -signal.SIGKILL else ""
-            return f"was ended by {signal.Signals(-status).name}{hint}"
+            return _Ended("closed its output")
         self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return f"ended with status {status}: {lines[-1] if lines else 'it said nothing'}"
+        said = self._stderr.read().decode(errors="replace").strip()
+        lost = self._transport.failure(status, said)
+        if lost is not None:
+            return _Ended(f"the connection broke: {lost}", lost=True)
+        number = -status if status < 0 else status - 128  # as a shell tells it
+        if number in set(signal.Signals):
+            hint = " (out of memory, or somebody killed it)" if number == signal.SIGKILL else ""
+            return _Ended(f"was ended by {signal.Signals(number).name}{hint}")
+        return _Ended(f"ended with status {status}: {said.splitlines()[-1] if said else 'it said nothing'}")
 
     def kill(self) -> None:
         """End the worker, whatever it is doing."""

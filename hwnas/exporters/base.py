@@ -14,11 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import InputError
-from hwnas.layers import Layer
+from hwnas.layers import IMAGE, Layer
 
 # The class of each format, imported when asked for: some need a package of their own.
 _EXPORTERS = {"onnx": "hwnas.exporters.onnx:OnnxExporter"}
 _POOL_SIZE = 65_537
+_RANGES = {  # of values within four standard deviations of 1, after an activation
+    None: (-4.0, 4.0),
+    "relu": (0.0, 4.0),
+    "swish": (-0.279, 3.93),
+    "h-swish": (-0.375, 4.0),
+    "sigmoid": (0.0, 1.0),
+    "h-sigmoid": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +52,41 @@ class Exporter(ABC):
     Profiling calls `write` once a child, with random tensors. Export calls it once with trained ones, and then `infer`,
     to compare what the file computes with what the network does.
 
+    Args:
+        precision: one of `precisions`.
+
     Attributes:
         format: the format's name, as the user and `Device.accepts` write it.
         suffix: of its files, `.onnx`.
+        precisions: that it can write: `fp32`, `int8` (weights per output channel, activations per tensor).
         precision: that of the weights and the arithmetic in the files it writes.
+
+    Raises:
+        InputError: the format has no such precision.
     """
 
     format: ClassVar[str]
     suffix: ClassVar[str]
-    precision: str = "fp32"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+
+    def __init__(self, precision: str = "fp32") -> None:
+        if precision not in self.precisions:
+            raise InputError(f"format {self.format} has no precision {precision!r}, only {', '.join(self.precisions)}")
+        self.precision = precision
 
     @abstractmethod
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """Write a network's file.
 
-        The file at `path` is complete at any time, the old one or the new one (`hwnas.files.replacing`).
+        The file at `path` is complete at any time, the old one or the new one (`hwnas.files.replacing`). A format of
+        several files writes the others beside it with the same stem (`hwnas.files.parts`).
 
         Args:
             layers: what `hwnas.layers.lower` gives.
             tensors: by the names that `Layer.tensors` gives, and `{layer}.norm.running_mean` and `running_var` of
-                every layer with batch norm.
+                every layer with batch norm. For int8 also `{layer}.range`, (2,), the least and the greatest value that
+                each layer puts out, `{layer}.preactivation.range` of those with an activation, before it, and
+                `image.range`.
             path: the file to write; its folder exists.
 
         Raises:
@@ -92,8 +115,8 @@ def formats() -> tuple[str, ...]:
     return tuple(sorted(_EXPORTERS))
 
 
-def exporter(format: str) -> Exporter:
-    """The exporter of a format.
+def exporter(format: str, precision: str = "fp32") -> Exporter:
+    """The exporter of a format and a precision.
 
     Raises:
         InputError: there is none.
@@ -101,7 +124,7 @@ def exporter(format: str) -> Exporter:
     if format not in _EXPORTERS:
         raise InputError(f"format {format!r} is not one of {', '.join(formats())}")
     module, _, name = _EXPORTERS[format].partition(":")
-    made: Exporter = getattr(import_module(module), name)()
+    made: Exporter = getattr(import_module(module), name)(precision)
     return made
 
 
@@ -111,9 +134,12 @@ def random_tensors(layers: Sequence[Layer], rng: np.random.Generator) -> dict[st
     Branches that are added to a shortcut end in a gamma of 0.25, so that activations keep their size through the
     network, and no value overflows or becomes denormal. The weights repeat the same 65,537 random numbers, a prime
     count, from another start in each layer: drawing them all takes longer than writing a file.
+
+    The ranges of activations, for int8, are those of four standard deviations: what a kernel of integers takes does
+    not depend on them.
     """
     pool = rng.standard_normal(_POOL_SIZE, dtype=np.float32)
-    tensors: dict[str, NDArray[np.float32]] = {}
+    tensors = {f"{IMAGE}.range": np.array([-4, 4], dtype=np.float32)}
     for layer in layers:
         for name, shape in layer.tensors.items():
             if len(shape) > 1:
@@ -127,6 +153,10 @@ def random_tensors(layers: Sequence[Layer], rng: np.random.Generator) -> dict[st
             else:
                 gamma = 0.25 if layer.residual else 1.0
                 tensors[name] = np.full(shape, gamma if name.endswith(".norm.weight") else 0.0, dtype=np.float32)
+        low, high = _RANGES[layer.activation]
+        tensors[f"{layer.name}.range"] = np.array([low, high], dtype=np.float32)
+        if layer.activation:
+            tensors[f"{layer.name}.preactivation.range"] = np.array([-4, 4], dtype=np.float32)
         if layer.norm:
             tensors[f"{layer.name}.norm.running_mean"] = np.zeros(layer.out_channels, dtype=np.float32)
             tensors[f"{layer.name}.norm.running_var"] = np.ones(layer.out_channels, dtype=np.float32)

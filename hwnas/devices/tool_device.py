@@ -1,0 +1,84 @@
+"""Runtimes that are timed by a program of their makers, on the other side of a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
+from hwnas.devices.tools.base import Tool
+from hwnas.devices.transports.base import Transport
+from hwnas.errors import DeviceError
+
+
+class ToolDevice(Device):
+    """A program that runs once a round.
+
+    Args:
+        name: of the device.
+        transport: to the machine.
+        tool: the program's command line and output.
+        program: where it is there; None for the tool's usual place.
+        timing: the protocol that suits the device.
+        cores: to run on; None leaves that to the system.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        tool: Tool,
+        *,
+        program: str | None = None,
+        timing: Timing | None = None,
+        cores: tuple[int, ...] | None = None,
+    ) -> None:
+        self.name, self.runtime, self.accepts, self.precision = name, tool.runtime, tool.accepts, tool.precision
+        self.timing = timing or Timing()
+        self.address = transport.address
+        self._transport, self._tool, self._program = transport, tool, program or tool.program
+        self._cores = cores
+
+    def versions(self) -> dict[str, str]:
+        """See `Device`."""
+        try:
+            done = self._transport.run(self._tool.version_command(self._program))
+            if done.status:
+                raise DeviceError(done.reason)
+            return {**self._tool.parse_version(done.stdout + done.stderr), **self._transport.about()}
+        except DeviceGoneError:
+            raise
+        except DeviceError as error:
+            raise DeviceGoneError(f"device {self.name!r}: {self._program}: {error}; {self._tool.install}") from None
+
+    def run(self, path: Path, timing: Timing) -> RunTimes:
+        """See `Device`."""
+        network = self._transport.send(path)
+        command = self._tool.command(self._program, network, timing, self._transport.folder)
+        limit = ["timeout", "-s", "KILL", str(int(timing.timeout_s) + 5)]  # it ends also if we are gone
+        pinned = [] if self._cores is None else ["taskset", f"{sum(1 << core for core in self._cores):x}"]
+        before = self._transport.state()
+        done = self._transport.run([*limit, *pinned, *command], timeout_s=timing.timeout_s)
+        try:
+            times = self._tool.parse(f"{done.stdout}\n{done.stderr}")
+            if done.status:
+                raise DeviceError(f"it ended with status {done.status}: {done.reason}")
+        except DeviceError as error:
+            raise DeviceError(f"device {self.name!r}: {self._tool.runtime}: {error}") from None
+        return replace(times, facts={**times.facts, **before, **self._transport.state()})
+
+    def check(self) -> Iterator[Check]:
+        """See `Device`."""
+        yield from (checks := list(self._transport.check()))
+        if all(check.passed for check in checks):
+            try:
+                versions = self.versions()
+            except DeviceError as error:
+                yield Check(self.runtime, str(error), self._tool.install)
+            else:
+                yield Check(self.runtime, ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+    def close(self) -> None:
+        """See `Device`."""
+        self._transport.close()

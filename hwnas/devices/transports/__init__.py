@@ -1,0 +1,1 @@
+"""How files and programs get to a machine: one module a transport."""

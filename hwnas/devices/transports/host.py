@@ -1,0 +1,24 @@
+"""This machine as a device's transport."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hwnas.devices.transports.base import Transport
+
+
+class Host(Transport):
+    """Runs programs on this machine; files are where they are."""
+
+    address = "host"
+    python = (sys.executable, "-P")  # without the script's folder: its modules have names of packages
+
+    def argv(self, command: Sequence[str]) -> list[str]:
+        """See `Transport`."""
+        return list(command)
+
+    def send(self, path: Path) -> str:
+        """See `Transport`."""
+        return str(path.absolute())

@@ -1,0 +1,152 @@
+"""A child measured on a device: the rounds, and the latency that they amount to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwnas.devices.base import RunTimes, Timing
+from hwnas.space import Architecture
+
+Role: TypeAlias = Literal["fit", "holdout", "finalist", "export"]
+
+
+def usual_ms(reference_ms: Iterable[float], max_drift: float) -> float:
+    """The reference's latency when nothing disturbs it, from its medians of many rounds.
+
+    Other work on the machine only ever slows it down, often most of the time: with two busy processes on two cores the
+    median is 60% off. So this is the median of the low end: of the values up to three times `max_drift` above the 10th
+    percentile, which keeps apart the few percent by which the clock of an undisturbed processor wanders.
+    """
+    values = np.asarray(list(reference_ms))
+    low = np.quantile(values, 0.1, method="lower")
+    return float(np.median(values[values <= low * (1 + 3 * max_drift)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A child measured on a device, or the reason why it could not be.
+
+    Attributes:
+        arch: the child.
+        device, runtime, versions, precision, timing: what measured it, and how.
+        reference: id of the reference network's architecture.
+        role: what it is for: to `fit` a predictor, as its `holdout`, a search's `finalist`, or an `export`.
+        rounds: the raw times, disturbed rounds included; empty after an error.
+        reference_ms: medians of the reference around the rounds, one more than there are rounds.
+        usual_reference_ms: the reference's undisturbed latency, worked out over all measurements of the same protocol
+            (see `usual_ms`), so it becomes better known as more are made; None leaves the times uncorrected.
+        error: why there are no times.
+        write_s, run_s: time spent on writing the file, and on the device.
+        created: when, UTC.
+    """
+
+    arch: Architecture
+    device: str
+    runtime: str
+    versions: Mapping[str, str]
+    precision: str
+    timing: Timing
+    reference: str = ""
+    role: Role = "fit"
+    rounds: tuple[RunTimes, ...] = ()
+    reference_ms: tuple[float, ...] = ()
+    usual_reference_ms: float | None = None
+    error: str | None = None
+    write_s: float = 0.0
+    run_s: float = 0.0
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        if bool(self.rounds) == (self.error is not None):
+            raise ValueError("a measurement has either times or an error")
+        if self.usual_reference_ms is not None and not self.reference_ms:
+            raise ValueError("usual_reference_ms: there are no times of a reference")
+        if self.reference_ms and len(self.reference_ms) != len(self.rounds) + 1:
+            raise ValueError(f"{len(self.rounds)} rounds have {len(self.rounds) + 1} reference times around them")
+
+    @property
+    def protocol(self) -> str:
+        """Twelve hexadecimal digits: measurements with the same protocol can be compared."""
+        return protocol_key(self.device, self.runtime, self.versions, self.precision, self.timing, self.reference)
+
+    @cached_property
+    def steady(self) -> NDArray[np.bool_]:
+        """Which rounds no other work disturbed, (num_rounds,): see `steady_rounds`."""
+        return steady_rounds(self.rounds, self.reference_ms, self.usual_reference_ms, self.timing)
+
+    @property
+    def unstable(self) -> bool:
+        """Whether too few rounds were steady: a latency to be trusted less."""
+        return self.error is None and int(self.steady.sum()) < self.timing.rounds
+
+    @cached_property
+    def _counted(self) -> list[tuple[RunTimes, float]]:
+        """The rounds that count, each with the factor that brings it to the reference's undisturbed speed."""
+        if self.error is not None:
+            raise ValueError(f"{self.arch.id} has no latency on {self.device!r}: {self.error}")
+        scale = np.ones(len(self.rounds))
+        if self.usual_reference_ms is not None:
+            around = np.asarray(self.reference_ms)
+            scale = self.usual_reference_ms / ((around[:-1] + around[1:]) / 2)
+        counts = np.ones_like(self.steady) if self.unstable else self.steady
+        return [
+            (times, float(factor)) for times, factor, count in zip(self.rounds, scale, counts, strict=True) if count
+        ]
+
+    @property
+    def times_ms(self) -> NDArray[np.float64]:
+        """Raw times, uncorrected, of the rounds that count: the steady ones, or all if too few are."""
+        return np.concatenate([times.times_ms for times, _ in self._counted])
+
+    @property
+    def latency_ms(self) -> float:
+        """The child's latency on the undisturbed device: the median over the rounds that count.
+
+        A round's own figure is its `RunTimes.latency_ms`, times the reference's usual latency over its latency around
+        that round. In steady rounds this changes little (`Timing.max_drift`); where other work disturbed all rounds it
+        takes most of the disturbance out. On two cores with two other busy processes, two measurements of tiny's
+        children differ by 2-3.5% (median) so corrected, and by 34% as they are.
+
+        Raises:
+            ValueError: the measurement failed.
+        """
+        return float(np.median([times.latency_ms * factor for times, factor in self._counted]))
+
+    @property
+    def relative_iqr(self) -> float:
+        """Inter-quartile range over median of the single runs that count, preempted ones left out."""
+        low, middle, high = np.quantile(
+            np.concatenate([times.clean_ms * factor for times, factor in self._counted]), (0.25, 0.5, 0.75)
+        )
+        return float((high - low) / middle)
+
+
+def steady_rounds(
+    rounds: Sequence[RunTimes], reference_ms: Sequence[float], usual_reference_ms: float | None, timing: Timing
+) -> NDArray[np.bool_]:
+    """Which rounds no other work disturbed, (num_rounds,).
+
+    The reference was near its usual latency before and after them, and their own times do not spread wide.
+    """
+    narrow = np.asarray([times.relative_iqr <= timing.max_relative_iqr for times in rounds], dtype=bool)
+    if usual_reference_ms is None:
+        return narrow
+    near = np.abs(np.asarray(reference_ms) / usual_reference_ms - 1) <= timing.max_drift
+    return np.asarray(near[:-1] & near[1:] & narrow)
+
+
+def protocol_key(
+    device: str, runtime: str, versions: Mapping[str, str], precision: str, timing: Timing, reference: str
+) -> str:
+    """See `Measurement.protocol`."""
+    parts = [device, runtime, dict(versions), precision, asdict(timing), reference]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
