@@ -17,7 +17,12 @@ from hwnas.errors import InputError
 from hwnas.layers import IMAGE, Layer
 
 # The class of each format, imported when asked for: some need a package of their own.
-_EXPORTERS = {"onnx": "hwnas.exporters.onnx:OnnxExporter"}
+_EXPORTERS = {
+    "executorch": "hwnas.exporters.executorch:ExecutorchExporter",
+    "ncnn": "hwnas.exporters.ncnn:NcnnExporter",
+    "onnx": "hwnas.exporters.onnx:OnnxExporter",
+    "tflite": "hwnas.exporters.tflite:TfliteExporter",
+}
 _POOL_SIZE = 65_537
 _RANGES = {  # of values within four standard deviations of 1, after an activation
     None: (-4.0, 4.0),
