@@ -22,7 +22,7 @@ import yaml
 
 from hwnas import __version__
 from hwnas.config import check, read_json
-from hwnas.devices import Device, device_files, load_device, load_spec, user_folder
+from hwnas.devices import Device, device_files, device_name, load_device, load_spec, user_folder
 from hwnas.devices.base import Check, Timing
 from hwnas.diagnose import diagnose
 from hwnas.errors import DeviceError, InputError
@@ -534,7 +534,7 @@ def predict(
         InputError: no predictor for the device yet, or an architecture outside the space.
     """
     opened = Run(run)
-    predictor = opened.predictor(device)
+    predictor = opened.predictor(device_name(device))
     children = [opened.space.check(read_architecture(arch, opened.space)) for arch in archs]
     mean, std = predictor.predict(children)
     return [
@@ -584,7 +584,7 @@ def search(
     from hwnas.strategies import Scored
 
     opened = Run(run)
-    predictor = opened.predictor(device)
+    predictor = opened.predictor(device_name(device))
     with opened.store() as store, _device(device, opened) as target:
         evaluator = _evaluator(opened, notice, data)
         bench = partial(measure, space=opened.space, device=target, timing=target.timing, store=store)
@@ -909,7 +909,10 @@ def add_device(name: str, base: str, changes: dict[str, Any] | None = None, *, o
     with TemporaryDirectory() as folder:  # a mistake is found before anything is replaced
         trial = Path(folder) / path.name
         write_text(trial, text := yaml.safe_dump(content, sort_keys=False))
-        load_spec(trial)
+        try:
+            load_spec(trial)
+        except InputError as error:
+            raise InputError(str(error).replace(str(trial), name)) from None
     write_text(path, text)
     return path
 

@@ -240,7 +240,7 @@ def profile(
     profiles = [one for one in made if not isinstance(one, DeviceError)]
     errors = [one for one in made if isinstance(one, DeviceError)]
     if profiles:
-        _show_profiles(profiles, run, as_json)
+        _show_profiles(profiles, run, as_json, devices[made.index(profiles[0])])
     for error in errors[:-1]:
         notice(f"hwnas: {error}")
     if errors:
@@ -252,10 +252,10 @@ def fit(run: str | None, device: str, kind: str, as_json: bool) -> None:
     """Fit a device's predictor anew to what was measured."""
     from hwnas import api
 
-    _show_profiles([api.fit(device, run, kind=kind)], run, as_json)
+    _show_profiles([api.fit(device, run, kind=kind)], run, as_json, device)
 
 
-def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool) -> None:
+def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, device: str) -> None:
     from hwnas.run import Run
 
     columns = ["tested on", "children", "Spearman", "mean error", "within 5%", "within 10%", "in 90% interval"]
@@ -277,7 +277,6 @@ def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool) 
             f"a child: {made.write_s:.2g} s to write, {made.run_s:.2g} s to measure",
         ]
     document = profiles[0].to_dict() if len(profiles) == 1 else {"profiles": [made.to_dict() for made in profiles]}
-    device = profiles[0].device
     finish(
         as_json,
         document,
