@@ -78,9 +78,14 @@ CONDITIONS = (
 
 def profiled(device_name: str, space: SearchSpace, children: int, condition: Condition) -> list[Measurement]:
     chosen = choose_children(space, children, np.random.default_rng(0))
-    with tempfile.TemporaryDirectory() as folder, load_device(device_name) as device, condition.running():
-        with Store(Path(folder) / "hwnas.db") as store, reporting(condition.name) as (report,):
-            return measure(chosen, space, device, device.timing, store, report=report)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Store(Path(folder) / "hwnas.db") as store,
+        load_device(device_name) as device,
+        condition.running(),
+        reporting(condition.name) as (report,),
+    ):
+        return measure(chosen, space, device, device.timing, store, report=report)
 
 
 def row(condition: Condition, first: list[Measurement], found: list[Measurement]) -> str:
