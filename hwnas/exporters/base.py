@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.errors import InputError
-from hwnas.layers import IMAGE, Layer
+from hwnas.errors import ExportError, InputError
+from hwnas.layers import BN_EPS, IMAGE, Layer
 
 # The class of each format, imported when asked for: some need a package of their own.
 _EXPORTERS = {
@@ -131,6 +131,44 @@ def exporter(format: str, precision: str = "fp32") -> Exporter:
     module, _, name = _EXPORTERS[format].partition(":")
     made: Exporter = getattr(import_module(module), name)(precision)
     return made
+
+
+def tensor(tensors: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """One of the tensors that `Exporter.write` gets.
+
+    Raises:
+        ExportError: it is missing, or has another shape.
+    """
+    value = tensors.get(name)
+    if value is None:
+        hint = ": calibrate its batch norm first" if ".norm.running_" in name else ""
+        raise ExportError(f"the network has no tensor {name!r}{hint}")
+    if value.shape != shape:
+        raise ExportError(f"tensor {name!r} has shape {value.shape}, the architecture needs {shape}")
+    return value
+
+
+def folded(layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """Weight and bias of a convolution with batch norm folded in, in double precision; None where it has no bias.
+
+    Raises:
+        ExportError: a tensor is missing, or has another shape.
+    """
+    conv, channels = f"{layer.name}.conv", (layer.out_channels,)
+    weight = tensor(tensors, f"{conv}.weight", layer.weight_shape)
+    bias = tensor(tensors, f"{conv}.bias", channels) if layer.bias else None
+    if not layer.norm:
+        return weight, bias
+    gamma, beta, mean, var = (
+        tensor(tensors, f"{layer.name}.norm.{part}", channels).astype(np.float64)
+        for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = gamma / np.sqrt(var + BN_EPS)
+    shift = beta + ((0 if bias is None else bias) - mean) * scale
+    # In double precision block by block: a large float64 copy would take longer than all the rest.
+    scaled = np.empty(weight.shape, dtype=np.float32)
+    np.multiply(weight, scale.reshape(-1, 1, 1, 1), out=scaled, dtype=np.float64, casting="same_kind")
+    return scaled, shift
 
 
 def random_tensors(layers: Sequence[Layer], rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:

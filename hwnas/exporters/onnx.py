@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter
+from hwnas.exporters.base import Artifact, Exporter, folded, tensor
 from hwnas.files import replacing
-from hwnas.layers import BN_EPS, IMAGE, Layer
+from hwnas.layers import IMAGE, Layer
 
 _Weights: TypeAlias = dict[str, NDArray[Any]]
 
@@ -75,9 +75,9 @@ def _encode(graph: onnx.GraphProto, weights: _Weights) -> Iterator[bytes | memor
     """
     parts: list[bytes | memoryview] = [graph.SerializeToString()]
     for name, value in weights.items():
-        tensor = TensorProto(name=name, dims=value.shape, data_type=TensorProto.FLOAT).SerializeToString()
+        fields = TensorProto(name=name, dims=value.shape, data_type=TensorProto.FLOAT).SerializeToString()
         raw = np.ascontiguousarray(value, dtype="<f4")
-        head = tensor + _open(TensorProto.RAW_DATA_FIELD_NUMBER, raw.nbytes)
+        head = fields + _open(TensorProto.RAW_DATA_FIELD_NUMBER, raw.nbytes)
         parts.append(_open(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + raw.nbytes) + head)
         parts.append(raw.data.cast("B"))
     model = onnx.ModelProto(producer_name="hwnas", ir_version=_IR_VERSION)
@@ -106,7 +106,7 @@ class _Writer:
     def add(self, layer: Layer, inputs: list[str], output: str) -> None:
         match layer.kind:
             case "conv":
-                weight, bias = self._folded(layer)
+                weight, bias = folded(layer, self._tensors)
                 inputs = [*inputs, self._weight(f"{layer.name}.weight", weight)]
                 if bias is not None:
                     inputs.append(self._weight(f"{layer.name}.bias", bias))
@@ -120,11 +120,11 @@ class _Writer:
                 if layer.activation:
                     self._activation(layer.activation, conv, output)
             case "linear":
-                weight = self._tensor(f"{layer.name}.weight", layer.weight_shape)
+                weight = tensor(self._tensors, f"{layer.name}.weight", layer.weight_shape)
                 inputs = [self._node("Flatten", inputs, f"{layer.name}.flatten")]
                 inputs.append(self._weight(f"{layer.name}.weight", weight))
                 if layer.bias:
-                    bias = self._tensor(f"{layer.name}.bias", (layer.out_channels,))
+                    bias = tensor(self._tensors, f"{layer.name}.bias", (layer.out_channels,))
                     inputs.append(self._weight(f"{layer.name}.bias", bias))
                 self._node("Gemm", inputs, output, transB=1)
             case "avg_pool":
@@ -152,34 +152,6 @@ class _Writer:
     def _weight(self, name: str, value: NDArray[Any]) -> str:
         self.weights[name] = value
         return name
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        value = self._tensors.get(name)
-        if value is None:
-            hint = ": calibrate its batch norm first" if ".norm.running_" in name else ""
-            raise ExportError(f"the network has no tensor {name!r}{hint}")
-        if value.shape != shape:
-            raise ExportError(f"tensor {name!r} has shape {value.shape}, the architecture needs {shape}")
-        return value
-
-    def _folded(self, layer: Layer) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        """Weight and bias with batch norm folded in, in double precision."""
-        shapes = layer.tensors
-        conv, channels = f"{layer.name}.conv", (layer.out_channels,)
-        weight = self._tensor(f"{conv}.weight", shapes[f"{conv}.weight"])
-        bias = self._tensor(f"{conv}.bias", channels) if layer.bias else None
-        if not layer.norm:
-            return weight, bias
-        gamma, beta, mean, var = (
-            self._tensor(f"{layer.name}.norm.{part}", channels).astype(np.float64)
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = gamma / np.sqrt(var + BN_EPS)
-        shift = beta + ((0 if bias is None else bias) - mean) * scale
-        # In double precision block by block: a large float64 copy would take longer than all the rest.
-        folded = np.empty(weight.shape, dtype=np.float32)
-        np.multiply(weight, scale.reshape(-1, 1, 1, 1), out=folded, dtype=np.float64, casting="same_kind")
-        return folded, shift
 
 
 class OnnxExporter(Exporter):
