@@ -1,0 +1,405 @@
+"""TFLite, written straight from the list of layers: no torch, no TensorFlow, milliseconds a network.
+
+Only running a file needs a package, ai-edge-litert; writing one needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwnas.errors import ExportError
+from hwnas.exporters.base import Artifact, Exporter, folded, tensor
+from hwnas.files import replacing
+from hwnas.layers import IMAGE, Layer
+
+LOGITS = "logits"
+
+# Numbers of the schema, https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs:
+# an operator's code, its oldest versions with float32 and with int8, the type of its table of options (0: it has none)
+# and that table's fields: b is an int8, i an int32.
+_OPERATORS = {
+    "ADD": (0, 1, 2, 11, "b"),  # activation
+    "AVERAGE_POOL_2D": (1, 1, 2, 5, "biiii"),  # padding, stride x and y, window x and y
+    "CONV_2D": (3, 1, 3, 1, "biib"),  # padding, stride x and y, activation
+    "DEPTHWISE_CONV_2D": (4, 1, 3, 2, "biiib"),  # padding, stride x and y, channel multiplier, activation
+    "DEQUANTIZE": (6, 2, 2, 0, ""),
+    "FULLY_CONNECTED": (9, 1, 4, 8, "b"),  # activation
+    "HARD_SWISH": (117, 1, 1, 0, ""),
+    "LOGISTIC": (14, 1, 2, 0, ""),
+    "MEAN": (40, 1, 2, 27, "b"),  # whether the axes stay, of size 1
+    "MUL": (18, 1, 2, 21, "b"),  # activation
+    "PAD": (34, 1, 2, 0, ""),
+    "QUANTIZE": (114, 1, 1, 0, ""),
+}
+_TYPES = {"float32": 0, "int32": 2, "int8": 9}
+_SAME, _VALID = 0, 1
+_NONE, _RELU, _RELU6 = 0, 1, 3
+
+# The quotient of a convolution's and its output's units, at least: XNNPACK refuses it under 2^-32, and channels that
+# are nothing but their bias would overflow its 32 bits.
+_MIN_MULTIPLIER = 2.0**-20
+
+_Piece: TypeAlias = bytes | memoryview
+
+
+class _Flatbuffer:
+    """Writes a flatbuffer (https://flatbuffers.dev/internals) from its end to its start, weights without a copy.
+
+    Parts that others refer to come first. A part's position is its distance from the end.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[_Piece] = []
+        self._size = 0
+
+    def vector(self, values: NDArray[Any], align: int = 4) -> int:
+        """A vector of numbers, from a flat array."""
+        self._align(values.nbytes, align)
+        self._put(values.view(np.uint8).data)
+        return self._put(struct.pack("<I", values.size))
+
+    def vector_of(self, parts: Sequence[int]) -> int:
+        """A vector of references."""
+        self._align(0, 4)
+        start = self._size + 4 * len(parts)
+        self._put(struct.pack(f"<{len(parts)}I", *(start - 4 * i - part for i, part in enumerate(parts))))
+        return self._put(struct.pack("<I", len(parts)))
+
+    def string(self, text: str) -> int:
+        """A string."""
+        data = text.encode()
+        self._align(len(data) + 1, 4)
+        return self._put(struct.pack("<I", len(data)) + data + b"\0")
+
+    def table(self, fields: str, *values: int) -> int:
+        """A table; `fields` has a letter for each: b an int8, i an int32, o another part, - absent, without a value."""
+        layout, order, vtable = _layout(fields)
+        self._align(layout.size, 4)
+        start = self._size + layout.size
+        packed = (start - place - values[index] if is_part else values[index] for index, place, is_part in order)
+        self._put(vtable + layout.pack(len(vtable), *packed))
+        return start
+
+    def finish(self, root: int, identifier: bytes) -> Iterator[_Piece]:
+        """The whole, piece by piece."""
+        self._align(len(identifier) + 4, 16)
+        self._put(identifier)
+        self._put(struct.pack("<I", self._size + 4 - root))
+        return reversed(self._pieces)
+
+    def _align(self, ahead: int, align: int) -> None:
+        """What follows after `ahead` bytes will start at a multiple of `align`."""
+        self._put(bytes(-(self._size + ahead) % align))
+
+    def _put(self, data: _Piece) -> int:
+        if data:
+            self._pieces.append(data)
+            self._size += len(data)
+        return self._size
+
+
+@cache
+def _layout(fields: str) -> tuple[struct.Struct, list[tuple[int, int, bool]], bytes]:
+    """How a table is packed: its bytes, (index of the value, place, whether it is a reference) in order, its vtable."""
+    present = [(slot, kind) for slot, kind in enumerate(fields) if kind != "-"]
+    indices = sorted(range(len(present)), key=lambda index: present[index][1] == "b")  # those of four bytes first
+    places, order, place = [0] * len(fields), [], 4
+    for index in indices:
+        slot, kind = present[index]
+        places[slot] = place
+        order.append((index, place, kind == "o"))
+        place += 1 if kind == "b" else 4
+    letters = "".join("b" if present[index][1] == "b" else "i" for index in indices)
+    layout = struct.Struct(f"<i{letters}{-place % 4}x")
+    return layout, order, struct.pack(f"<{2 + len(fields)}H", 4 + 2 * len(fields), layout.size, *places)
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """What the integers of a tensor stand for: `scale * (integer - zero_point)`."""
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of(cls, low: float, high: float) -> _Grid:
+        """The finest one of int8 that has `low`, 0 and `high`; 0 is met exactly."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32((high - low) / 255)) or 1.0
+        return cls(scale, max(-128, min(127, round(-128 - low / scale))))
+
+
+_GATE = _Grid(1 / 256, -128)  # demanded of a LOGISTIC's output
+_TO_SIX = _Grid.of(0, 6)
+_UNIT = _Grid.of(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A tensor between two operators: its number, shape, and grid if it is int8."""
+
+    index: int
+    shape: tuple[int, ...]
+    grid: _Grid | None
+
+
+class _Writer:
+    """Adds layers to a model.
+
+    int8 follows LiteRT's quantisation specification
+    (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec): activations on a grid a
+    tensor, a convolution's weights on a symmetric one an output channel, the classifier's on one (one a channel is
+    newer than many phones' runtimes), the biases in 32 bits.
+    """
+
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], *, int8: bool) -> None:
+        self._tensors, self._int8 = tensors, int8
+        self._file = _Flatbuffer()
+        self._buffers = [self._file.table("")]  # the first one is empty, and that of all values
+        self._values: list[int] = []
+        self._operators: list[int] = []
+        self._codes: dict[str, int] = {}
+        self._constants: dict[str, int] = {}
+        self._made: dict[str, _Value] = {}  # by the layer's name
+
+    def model(self, layers: Sequence[Layer]) -> Iterator[_Piece]:
+        """The file of a network, piece by piece."""
+        first, last = layers[0], layers[-1]
+        shape = (1, first.in_size, first.in_size, first.in_channels)
+        image = self._made[IMAGE] = self._value(IMAGE, shape, None)
+        if self._int8:
+            self._made[IMAGE] = self._value(f"{IMAGE}.int8", shape, self._grid(IMAGE))
+            self._operator("QUANTIZE", [image.index], self._made[IMAGE])
+        for layer in layers:
+            self._made[layer.name] = self._add(layer, [self._made[name] for name in layer.inputs])
+        logits = self._made[last.name]
+        if self._int8:
+            logits = self._value(LOGITS, logits.shape, None)
+            self._operator("DEQUANTIZE", [self._made[last.name].index], logits)
+        file, ints = self._file, self._ints
+        graph = file.table(
+            "oooo", file.vector_of(self._values), ints(image.index), ints(logits.index), file.vector_of(self._operators)
+        )
+        codes = [
+            file.table("b-ii", min(code, 127), version8 if self._int8 else version, code)
+            for code, version, version8, _, _ in map(_OPERATORS.__getitem__, self._codes)
+        ]
+        parts = (file.vector_of(codes), file.vector_of([graph]), file.string("hwnas"), file.vector_of(self._buffers))
+        return file.finish(file.table("ioooo", 3, *parts), b"TFL3")
+
+    # ------------------------------------------------------------ layers
+
+    def _add(self, layer: Layer, inputs: list[_Value]) -> _Value:
+        source = inputs[0]
+        shape = (1, layer.out_size, layer.out_size, layer.out_channels)
+        match layer.kind:
+            case "conv":
+                return self._conv(layer, source)
+            case "linear":
+                grid = self._grid(layer.name)
+                logits = self._value(layer.name if self._int8 else LOGITS, (1, layer.out_channels), grid)
+                weight = tensor(self._tensors, f"{layer.name}.weight", layer.weight_shape)
+                bias = tensor(self._tensors, f"{layer.name}.bias", (layer.out_channels,)) if layer.bias else None
+                constants = self._weights(layer, weight, bias, source, logits, per_channel=False)
+                return self._operator("FULLY_CONNECTED", [source.index, *constants], logits, _NONE)
+            case "avg_pool":  # SAME leaves out what is beyond the border; int8 has to stay on its input's grid
+                pooled = self._value(layer.name, shape, source.grid)
+                return self._operator("AVERAGE_POOL_2D", [source.index], pooled, _SAME, 2, 2, 2, 2)
+            case "global_pool":
+                axes = self._constant("axes", np.array([1, 2], dtype=np.int32))
+                return self._operator("MEAN", [source.index, axes], self._output(layer, shape), True)
+            case "scale":
+                return self._operator("MUL", [value.index for value in inputs], self._output(layer, shape), _NONE)
+            case "add":
+                return self._operator("ADD", [value.index for value in inputs], self._output(layer, shape), _NONE)
+
+    def _conv(self, layer: Layer, source: _Value) -> _Value:
+        """A convolution and its activation; the padding is symmetric, which SAME is not at stride 2 and even sizes."""
+        weight, bias = folded(layer, self._tensors)
+        weight = weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))
+        before = layer.kernel // 2
+        total = max(0, (layer.out_size - 1) * layer.stride + layer.kernel - layer.in_size)
+        padding = _SAME
+        if before != total // 2:
+            padding = _VALID
+            source = self._padded(source, f"{layer.name}.padded", before, total - before)
+        fused = layer.activation in (None, "relu")
+        shape = (1, layer.out_size, layer.out_size, layer.out_channels)
+        output = self._output(layer, shape, "" if fused else ".preactivation")
+        inputs = [source.index, *self._weights(layer, weight, bias, source, output)]
+        activation = _RELU if layer.activation == "relu" else _NONE
+        if layer.depthwise:
+            self._operator("DEPTHWISE_CONV_2D", inputs, output, padding, layer.stride, layer.stride, 1, activation)
+        else:
+            self._operator("CONV_2D", inputs, output, padding, layer.stride, layer.stride, activation)
+        return output if fused else self._activation(layer, output)
+
+    def _padded(self, source: _Value, name: str, before: int, after: int) -> _Value:
+        _, height, width, channels = source.shape
+        output = self._value(name, (1, height + before + after, width + before + after, channels), source.grid)
+        sides = [[0, 0], [before, after], [before, after], [0, 0]]
+        amounts = self._constant(f"padding.{before}.{after}", np.array(sides, dtype=np.int32))
+        return self._operator("PAD", [source.index, amounts], output)
+
+    def _activation(self, layer: Layer, source: _Value) -> _Value:
+        match layer.activation:
+            case "h-swish":
+                return self._operator("HARD_SWISH", [source.index], self._output(layer, source.shape))
+            case "swish":
+                gate = self._value(f"{layer.name}.gate", source.shape, self._fixed(_GATE))
+                self._operator("LOGISTIC", [source.index], gate)
+                output = self._output(layer, source.shape)
+                return self._operator("MUL", [source.index, gate.index], output, _NONE)
+            case "sigmoid":
+                return self._operator(
+                    "LOGISTIC", [source.index], self._value(layer.name, source.shape, self._fixed(_GATE))
+                )
+            case _:  # h-sigmoid
+                moved = self._value(f"{layer.name}.moved", source.shape, self._fixed(_TO_SIX))
+                self._operator("ADD", [source.index, self._scalar("three", 3)], moved, _RELU6)
+                output = self._value(layer.name, source.shape, self._fixed(_UNIT))
+                return self._operator("MUL", [moved.index, self._scalar("sixth", 1 / 6)], output, _NONE)
+
+    # ------------------------------------------------------------ tensors
+
+    def _fixed(self, grid: _Grid) -> _Grid | None:
+        return grid if self._int8 else None
+
+    def _grid(self, name: str) -> _Grid | None:
+        """Of the values that a range is given for."""
+        if not self._int8:
+            return None
+        low, high = map(float, tensor(self._tensors, f"{name}.range", (2,)))
+        return _Grid.of(low, high)
+
+    def _output(self, layer: Layer, shape: tuple[int, ...], part: str = "") -> _Value:
+        return self._value(f"{layer.name}{part}", shape, self._grid(f"{layer.name}{part}"))
+
+    def _value(self, name: str, shape: tuple[int, ...], grid: _Grid | None) -> _Value:
+        if grid is None:
+            return _Value(self._tensor(name, shape, "float32"), shape, None)
+        quantised = self._quantised(np.array([grid.scale]), grid.zero_point)
+        return _Value(self._tensor(name, shape, "int8", quantised=quantised), shape, grid)
+
+    def _weights(
+        self,
+        layer: Layer,
+        weight: NDArray[Any],
+        bias: NDArray[Any] | None,
+        source: _Value,
+        output: _Value,
+        *,
+        per_channel: bool = True,
+    ) -> tuple[int, int]:
+        """The numbers of the weight's and the bias's tensor; XNNPACK wants a bias, zeros if need be."""
+        name, channels = layer.name, layer.out_channels
+        bias = np.zeros(channels) if bias is None else bias
+        if source.grid is None or output.grid is None:
+            return (
+                self._constant(f"{name}.weight", weight.astype(np.float32, copy=False)),
+                self._constant(f"{name}.bias", bias.astype(np.float32)),
+            )
+        axis = 3 if layer.depthwise else 0  # of the output channels
+        others = tuple(other for other in range(weight.ndim) if other != axis) if per_channel else None
+        largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
+        least = _MIN_MULTIPLIER * output.grid.scale / source.grid.scale
+        scale = np.maximum(largest / 127, least).astype(np.float32)
+        numbers = weight / scale
+        np.rint(numbers, out=numbers)
+        units = source.grid.scale * scale.reshape(-1).astype(np.float64)
+        whole = np.clip(np.rint(bias / units), -(2**31) + 1, 2**31 - 1)
+        return (
+            self._constant(f"{name}.weight", numbers.astype(np.int8), self._quantised(scale.reshape(-1), 0, axis)),
+            self._constant(f"{name}.bias", whole.astype(np.int32), self._quantised(units, 0)),
+        )
+
+    def _scalar(self, name: str, value: float) -> int:
+        if not self._int8:
+            return self._constant(name, np.array([value], dtype=np.float32))
+        return self._constant(name, np.array([127], dtype=np.int8), self._quantised(np.array([value / 127]), 0))
+
+    def _constant(self, name: str, value: NDArray[Any], quantised: int | None = None) -> int:
+        if name not in self._constants:
+            data = self._file.vector(np.ascontiguousarray(value).reshape(-1).view(np.uint8), align=16)
+            self._buffers.append(self._file.table("o", data))
+            buffer = len(self._buffers) - 1
+            self._constants[name] = self._tensor(name, value.shape, value.dtype.name, buffer, quantised)
+        return self._constants[name]
+
+    def _quantised(self, scale: NDArray[Any], zero_point: int, axis: int = 0) -> int:
+        """The table of one grid, or of one each along an axis."""
+        scales = self._file.vector(scale.astype(np.float32))
+        zero_points = self._file.vector(np.full(scale.shape, zero_point, dtype=np.int64), align=8)
+        return self._file.table("--oo--i", scales, zero_points, axis)
+
+    def _tensor(
+        self, name: str, shape: tuple[int, ...], dtype: str, buffer: int = 0, quantised: int | None = None
+    ) -> int:
+        parts = [self._ints(*shape), _TYPES[dtype], buffer, self._file.string(name)]
+        table = self._file.table("obio", *parts) if quantised is None else self._file.table("obioo", *parts, quantised)
+        self._values.append(table)
+        return len(self._values) - 1
+
+    def _operator(self, name: str, inputs: Sequence[int], output: _Value, *options: int) -> _Value:
+        _, _, _, options_type, fields = _OPERATORS[name]
+        parts = [self._codes.setdefault(name, len(self._codes)), self._ints(*inputs), self._ints(output.index)]
+        if options_type:
+            self._operators.append(self._file.table("ioobo", *parts, options_type, self._file.table(fields, *options)))
+        else:
+            self._operators.append(self._file.table("ioo", *parts))
+        return output
+
+    def _ints(self, *values: int) -> int:
+        return self._file.vector(np.array(values, dtype=np.int32))
+
+
+class TfliteExporter(Exporter):
+    """Writes TFLite files.
+
+    Their input is `image`, float32 (1, resolution, resolution, in_channels), normalised, their output `logits`, float32
+    (1, num_classes). The values in between have the layers' names. int8 files compute in integers between the two.
+    """
+
+    format: ClassVar[str] = "tflite"
+    suffix: ClassVar[str] = ".tflite"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+
+    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+        """See `Exporter`."""
+        digest = hashlib.sha256()
+        pieces = _Writer(tensors, int8=self.precision == "int8").model(layers)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            for piece in pieces:
+                digest.update(piece)
+                file.write(piece)
+        return Artifact(path, self.format, self.precision, digest.hexdigest())
+
+    def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Exporter`."""
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError:
+            raise ExportError("running tflite files needs LiteRT: pip install 'hwnas[litert]'") from None
+        try:
+            interpreter = Interpreter(os.fspath(path), num_threads=1)
+            interpreter.allocate_tensors()
+            image, logits = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+            found = []
+            for value in images.transpose(0, 2, 3, 1):
+                interpreter.set_tensor(image["index"], np.ascontiguousarray(value[None]))
+                interpreter.invoke()
+                found.append(interpreter.get_tensor(logits["index"]))
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ExportError(f"LiteRT cannot run {path}: {reason}") from None
+        return np.concatenate(found)
