@@ -44,6 +44,7 @@ class ToolDevice(Device):
         """See `Device`."""
         try:
             done = self._transport.run(self._tool.version_command(self._program))
+            self.address = self._transport.address  # of the one phone there is, known only now
             if done.status:
                 raise DeviceError(done.reason)
             return {**self._tool.parse_version(done.stdout + done.stderr), **self._transport.about()}
