@@ -67,8 +67,8 @@ class Phone:
 
     @property
     def banner(self) -> bytes:
-        features = "ro.product.name=fake;ro.product.model={};ro.product.device=fake;features=shell_v2,cmd"
-        return b"device::" + features.format(self.model).encode()
+        features = f"ro.product.name=fake;ro.product.model={self.model};ro.product.device=fake;features=shell_v2,cmd"
+        return f"device::{features}".encode()
 
     def plug(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", self._port))
