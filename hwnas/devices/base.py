@@ -148,7 +148,8 @@ class Device(ABC):
         accepts: the format of the files: an `Exporter.format`.
         precision: of the arithmetic.
         timing: the protocol that suits the device.
-        address: of the machine: on one address one round runs at a time, whichever device or process asks for it.
+        address: of the machine: on one address one round runs at a time, whichever device or process asks for it. It
+            holds from the first call of `versions` on.
     """
 
     name: str

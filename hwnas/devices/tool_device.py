@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ class ToolDevice(Device):
         """See `Device`."""
         try:
             done = self._transport.run(self._tool.version_command(self._program))
+            self.address = self._transport.address  # of the one phone there is, known only now
             if done.status:
                 raise DeviceError(done.reason)
             return {**self._tool.parse_version(done.stdout + done.stderr), **self._transport.about()}
@@ -65,7 +67,10 @@ class ToolDevice(Device):
             if done.status:
                 raise DeviceError(f"it ended with status {done.status}: {done.reason}")
         except DeviceError as error:
-            raise DeviceError(f"device {self.name!r}: {self._tool.runtime}: {error}") from None
+            number = done.status - 128  # as a shell tells it
+            killed = f"; it was ended by {signal.Signals(number).name}" if number in set(signal.Signals) else ""
+            hint = " (out of memory, or somebody killed it)" if number == signal.SIGKILL else ""
+            raise DeviceError(f"device {self.name!r}: {self._tool.runtime}: {error}{killed}{hint}") from None
         return replace(times, facts={**times.facts, **before, **self._transport.state()})
 
     def check(self) -> Iterator[Check]:

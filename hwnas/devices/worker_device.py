@@ -114,6 +114,7 @@ class WorkerDevice(Device):
     def _open(self) -> _Process:
         if self._process is None:
             script = self._transport.send(Path(worker.__file__))
+            self.address = self._transport.address  # of the one phone there is, known only now
             runtime = self._transport.send(self._file)
             command = [*self._python, script, runtime, json.dumps(self._options)]
             self._process = _Process(self._transport, command)
