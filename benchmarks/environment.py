@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-
 RUNTIMES = ("onnxruntime", "openvino", "ai-edge-litert", "executorch", "ncnn")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hwnas.devices.base import Check, Device
+from hwnas.devices.base import Check, Device, RunTimes
 from hwnas.devices.lock import exclusive
 from hwnas.errors import DeviceError, ExportError
 from hwnas.exporters.base import exporter, random_tensors
@@ -51,7 +51,7 @@ def diagnose(device: Device, space: SearchSpace, duration_s: float = 5.0) -> Ite
 
 def _measure(device: Device, path: Path, duration_s: float) -> Iterator[Check]:
     timing = device.timing
-    rounds = []
+    rounds: list[RunTimes] = []
     try:
         with exclusive(device.address):
             end = time.monotonic() + duration_s
