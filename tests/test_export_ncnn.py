@@ -1,6 +1,8 @@
 """ncnn files compute what the network does."""
 
 import hashlib
+import os
+import platform
 import re
 import sys
 from dataclasses import replace
@@ -10,15 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.errors import ExportError, InputError
+from hwnas.devices import load_device
+from hwnas.devices.base import DeviceGoneError
+from hwnas.devices.runtimes.ncnn import VULKAN_CPU, Runtime
+from hwnas.devices.transports.host import Host
+from hwnas.devices.worker_device import WorkerDevice
+from hwnas.errors import DeviceError, ExportError, InputError
 from hwnas.exporters.base import exporter, folded, random_tensors
 from hwnas.exporters.ncnn import NcnnExporter
 from hwnas.layers import Layer, lower
 from hwnas.network import Network, batch_norms, function, initialise, run
 from hwnas.space import SearchSpace
-from hwnas.testing import ExporterContract, tiny_space
+from hwnas.testing import QUICK, DeviceContract, ExporterContract, tiny_space
 
-pytest.importorskip("ncnn", reason="ncnn is not installed: pip install 'hwnas[ncnn]'")
+ncnn = pytest.importorskip("ncnn", reason="ncnn is not installed: pip install 'hwnas[ncnn]'")
 
 
 @pytest.fixture(autouse=True)
@@ -370,3 +377,102 @@ def test_without_the_package(tmp_path, monkeypatch):
         NcnnExporter().infer(tmp_path / "m.param", np.zeros((1, 1, 8, 8), dtype=np.float32))
     with pytest.raises(InputError, match="format ncnn has no precision 'fp16', only fp32, int8"):
         NcnnExporter("fp16")
+
+
+# -------------------------------------------------------------------- the runtime
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def of_precision(request, tmp_path_factory):
+    file = tmp_path_factory.mktemp("devices") / "ncnn.yaml"
+    file.write_text(f"transport: host\nruntime: ncnn\nprecision: {request.param}\n")
+    with load_device(file) as device:
+        yield device
+
+
+class TestNcnn(DeviceContract):
+    @pytest.fixture
+    def device(self, of_precision):
+        return of_precision
+
+
+def ncnn_device(precision="fp32", **options):
+    return WorkerDevice("n", Host(), "ncnn", precision=precision, options=options)
+
+
+def test_precision_is_that_of_the_file(of_precision, tmp_path):
+    other = "int8" if of_precision.precision == "fp32" else "fp32"
+    path = tmp_path / "m.param"
+    writer, layers, tensors = smallest(other)
+    writer.write(layers, tensors, path)
+    found = "a file of int8" if other == "int8" else "a file that is not quantised"
+    with pytest.raises(DeviceError, match=f"{found}, precision {of_precision.precision}"):
+        of_precision.run(path, QUICK)
+
+
+@pytest.mark.parametrize(("precision", "layer"), [("fp16", "Convolution"), ("bf16", "ConvolutionDepthWise")])
+def test_precisions_of_the_processor(precision, layer, tmp_path):
+    with ncnn_device(precision) as device:
+        path = DeviceContract.write(device, tmp_path)
+        if platform.machine() in ("x86_64", "AMD64"):
+            with pytest.raises(DeviceError, match=f"ncnn has no {precision} for {layer} on this processor: use fp32"):
+                device.run(path, QUICK)
+        elif precision == "bf16" or ncnn.cpu_support_arm_asimdhp():
+            assert device.run(path, QUICK).latency_ms > 0
+
+
+def test_gpu(tmp_path):
+    with ncnn_device(gpu=True) as device:
+        if ncnn.get_gpu_count() == 0:
+            with pytest.raises(DeviceGoneError, match="no Vulkan device: install the GPU's driver and libvulkan1"):
+                device.versions()
+        elif ncnn.get_gpu_info(0).type() == VULKAN_CPU:
+            with pytest.raises(DeviceGoneError, match="which is no GPU: leave out gpu: true"):
+                device.versions()
+        else:
+            assert device.versions()["gpu"]
+            assert device.run(DeviceContract.write(device, tmp_path), QUICK).latency_ms > 0
+
+
+def test_options():
+    with pytest.raises(ValueError, match="gpu=1: must be true or false"):
+        Runtime("fp32", gpu=1)
+    with pytest.raises(ValueError, match="precision bf16: is for processors"):
+        Runtime("bf16", gpu=True)
+
+
+def test_files_that_do_not_run(tmp_path):
+    path, weights = tmp_path / "m.param", tmp_path / "m.bin"
+    writer, layers, tensors = smallest()
+    writer.write(layers, tensors, path)
+    text, data = path.read_text(), weights.read_bytes()
+    runtime = Runtime("fp32")
+    runtime.load(str(path), 1)()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(RuntimeError, match="ncnn cannot read its weights"):
+        runtime.load(str(path), 1)
+    weights.write_bytes(data)
+    path.write_text(text.replace("Swish", "Swash"))
+    with pytest.raises(RuntimeError, match="ncnn cannot read its graph"):
+        runtime.load(str(path), 1)
+    path.write_text(re.sub(r"^(Input .*) 0=.*$", r"\1", text, flags=re.MULTILINE))
+    with pytest.raises(ValueError, match="its Input layer has no shape"):
+        runtime.load(str(path), 1)
+
+
+def test_runs_what_the_file_says(tmp_path):
+    path = tmp_path / "m.param"
+    writer, layers, tensors = smallest()
+    writer.write(layers, tensors, path)
+    size = layers[0].in_size
+    image = np.random.default_rng(0).standard_normal((1, 1, size, size), dtype=np.float32)  # as the runtime's own
+    run_once = Runtime("fp32").load(str(path), 1)
+    np.testing.assert_array_equal(np.array(run_once()), writer.infer(path, image)[0])
+
+
+def test_stays_on_its_cores(tmp_path):
+    with ncnn_device() as device:
+        path = DeviceContract.write(device, tmp_path)
+        for threads in (1, 2):
+            cores = device.run(path, replace(QUICK, threads=threads)).facts["cores"]
+            assert os.sched_getaffinity(device._process._process.pid) == set(cores)
