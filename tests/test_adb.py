@@ -338,7 +338,7 @@ def test_the_server_was_killed(phone, adb):
         transport.run(["true"])
         first = transport.folder
         adb("kill-server")
-        wait_until(lambda: not Path(first).exists())
+        wait_until(lambda: transport._holder.poll() is not None and not Path(first).exists())
         assert transport.run(["echo", "again"]).stdout == "again\n"
         assert transport.folder != first
 
