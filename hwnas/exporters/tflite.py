@@ -139,9 +139,8 @@ class _Grid:
         return cls(scale, max(-128, min(127, round(-128 - low / scale))))
 
 
-_GATE = _Grid(1 / 256, -128)  # demanded of a LOGISTIC's output
-_TO_SIX = _Grid.of(0, 6)
-_UNIT = _Grid.of(0, 1)
+_LOGISTIC = _Grid(1 / 256, -128)  # demanded of that operator's output
+_TO_ONE, _TO_SIX = _Grid.of(0, 1), _Grid.of(0, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,23 +251,22 @@ class _Writer:
         return self._operator("PAD", [source.index, amounts], output)
 
     def _activation(self, layer: Layer, source: _Value) -> _Value:
-        match layer.activation:
-            case "h-swish":
-                return self._operator("HARD_SWISH", [source.index], self._output(layer, source.shape))
-            case "swish":
-                gate = self._value(f"{layer.name}.gate", source.shape, self._fixed(_GATE))
-                self._operator("LOGISTIC", [source.index], gate)
-                output = self._output(layer, source.shape)
-                return self._operator("MUL", [source.index, gate.index], output, _NONE)
-            case "sigmoid":
-                return self._operator(
-                    "LOGISTIC", [source.index], self._value(layer.name, source.shape, self._fixed(_GATE))
-                )
-            case _:  # h-sigmoid
-                moved = self._value(f"{layer.name}.moved", source.shape, self._fixed(_TO_SIX))
-                self._operator("ADD", [source.index, self._scalar("three", 3)], moved, _RELU6)
-                output = self._value(layer.name, source.shape, self._fixed(_UNIT))
-                return self._operator("MUL", [moved.index, self._scalar("sixth", 1 / 6)], output, _NONE)
+        if layer.activation in ("sigmoid", "h-sigmoid"):
+            return self._gate(layer.activation, source, layer.name)
+        output = self._output(layer, source.shape)
+        if layer.activation == "h-swish" and not self._int8:
+            return self._operator("HARD_SWISH", [source.index], output)
+        # XNNPACK has no HARD_SWISH of int8: every one would cut the network in two, and take twice as long as these.
+        gate = self._gate("sigmoid" if layer.activation == "swish" else "h-sigmoid", source, f"{layer.name}.gate")
+        return self._operator("MUL", [source.index, gate.index], output, _NONE)
+
+    def _gate(self, kind: str, source: _Value, name: str) -> _Value:
+        if kind == "sigmoid":
+            return self._operator("LOGISTIC", [source.index], self._value(name, source.shape, self._fixed(_LOGISTIC)))
+        sixfold = self._value(f"{name}.sixfold", source.shape, self._fixed(_TO_SIX))
+        self._operator("ADD", [source.index, self._scalar("three", 3)], sixfold, _RELU6)
+        gate = self._value(name, source.shape, self._fixed(_TO_ONE))
+        return self._operator("MUL", [sixfold.index, self._scalar("sixth", 1 / 6)], gate, _NONE)
 
     # ------------------------------------------------------------ tensors
 
