@@ -1,5 +1,6 @@
 """Phones: the real adb client, a daemon on loopback, and networks that LiteRT really runs."""
 
+import json
 import os
 import re
 import shutil
@@ -32,7 +33,8 @@ if shutil.which("adb") is None:
     pytest.importorskip("adbutils", reason="needs adb: pip install 'hwnas[android]'")
 
 ENVIRONMENT = dict(os.environ)
-SHORT = Timing(warmup_s=0, warmup_runs=1, min_duration_s=0, rounds=1, max_rounds=1, timeout_s=20)
+TIMING = {"warmup_s": 0, "warmup_runs": 3, "repeats": 20, "min_duration_s": 0, "rounds": 1, "max_rounds": 1}
+SHORT = Timing(**TIMING)
 HOSTILE = "$(touch {0}/pwned);`touch {0}/pwned`'\"&& touch {0}/pwned\n\x1b]0;pwned\x07\x1b[31m"
 
 
@@ -88,8 +90,7 @@ def write_device(folder, phone, *, serial=True, **keys):
         lines["serial"] = phone.serial
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "pixel.yaml"
-    timing = "timing: {warmup_s: 0, warmup_runs: 1, min_duration_s: 0, rounds: 1, max_rounds: 1, timeout_s: 20}\n"
-    path.write_text("".join(f"{key}: '{value}'\n" for key, value in lines.items()) + timing)
+    path.write_text("".join(f"{key}: '{value}'\n" for key, value in lines.items()) + f"timing: {json.dumps(TIMING)}\n")
     return path
 
 
