@@ -31,8 +31,7 @@ _REMEDIES = {  # for states of `adb devices`
     "other udev rules, and join the group plugdev",
 }
 
-# What the client says when it cannot do what it is told (adb 29 to 36); a program there may print lines like these,
-# but not alone and with the client's status, 1.
+# What the client says when it cannot reach the phone or its server (adb 29 to 36).
 _SAID = re.compile(
     r"^(?:adb|error): (?:error: )?(?:failed to get feature set: |connect failed: )*(?:"
     r"(?P<offline>device (?:still )?offline)|(?P<unauthorized>device (?:still )?(?:unauthorized|authorizing))|"
@@ -101,8 +100,10 @@ class Adb(Transport):
         program may end so, too, but then the one that holds the phone runs on.
         """
         said = _SAID.search(stderr) if status == 1 else None
+        if (said is None and status != 255) or not self._broken():
+            return None
         if said is None:
-            return _GONE if status == 255 and self._broken() else None
+            return _GONE
         if said["offline"]:
             return f"the phone is offline: {_REMEDIES['offline']}"
         if said["unauthorized"]:
