@@ -61,7 +61,7 @@ def test_last_half_of_the_runs_counts(tool):
 def test_sums_of_versions_before_1_3(tool):
     times = tool.parse(BEGIN + END)
     assert times.times_ms == (pytest.approx(0.89),)
-    assert times.facts == {"threads": 2, "statistic": "mean of 4 runs"}
+    assert times.facts == {"threads": 2, "runs": 4}
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,11 @@ class Program(Tool):
         if _TRACED in output:
             raise DeviceError("it traces each operator, which takes time: -DEXECUTORCH_ENABLE_EVENT_TRACER=OFF")
         threads = _THREADS.search(output)
-        facts: dict[str, Any] = {} if threads is None else {"threads": int(threads[1])}
+        facts = {} if threads is None else {"threads": int(threads[1])}
         num_runs = int(total[1])
         times = [float(ms) for ms in _RUN.findall(output)]
         if len(times) != num_runs:
             times = [float(total[2]) / num_runs]
-            facts["statistic"] = f"mean of {num_runs} runs"
+            facts["runs"] = num_runs
         counted = times[len(times) // 2 :]
         return RunTimes(tuple(counted), (False,) * len(counted), facts)
