@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hwnas.devices import load_device
-from hwnas.errors import DeviceError, ExportError, InputError
+from hwnas.errors import ExportError, InputError
 from hwnas.exporters.base import exporter, random_tensors
 from hwnas.exporters.tflite import TfliteExporter
 from hwnas.layers import IMAGE, Layer, lower
@@ -363,16 +363,12 @@ def test_says_its_version(tmp_path):
         assert set(litert.versions()) == {"litert", "processor"}
 
 
-def test_fp16_or_a_refusal(tmp_path):
-    """A processor without such arithmetic would compute in fp32 in silence."""
+def test_fp16(tmp_path):
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or not {"avx512_fp16", "asimdhp"} & set(cpuinfo.read_text().split()):
+        pytest.skip("this processor has no arithmetic in fp16")
     with device(tmp_path, "fp16") as litert:
-        network = DeviceContract.write(litert, tmp_path)
-        try:
-            assert litert.run(network, QUICK).latency_ms > 0
-        except DeviceError as error:
-            cpuinfo = Path("/proc/cpuinfo")
-            assert "precision fp16" in str(error)
-            assert not cpuinfo.exists() or not {"avx512_fp16", "asimdhp"} & set(cpuinfo.read_text().split())
+        assert litert.run(DeviceContract.write(litert, tmp_path), QUICK).latency_ms > 0
 
 
 def test_fp16_that_is_not_is_refused(tmp_path, monkeypatch):
