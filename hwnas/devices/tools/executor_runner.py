@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hwnas.devices.base import RunTimes, Timing
 from hwnas.devices.tools.base import Tool
