@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -65,12 +66,12 @@ class Runtime:
 
         return run
 
-    def _set_threads(self, portable_lib: object, threads: int) -> None:
+    def _set_threads(self, portable_lib: Any, threads: int) -> None:
         """Make the process's one thread pool that large; a loaded network keeps a pointer to the pool it met."""
         if self._threads not in (0, threads):
             raise ValueError(f"threads={threads}: networks were loaded with {self._threads}, and share one pool")
         self._threads = threads
-        portable_lib._unsafe_reset_threadpool(threads)  # type: ignore[attr-defined]
-        found = portable_lib._threadpool_get_thread_count()  # type: ignore[attr-defined]
+        portable_lib._unsafe_reset_threadpool(threads)
+        found = portable_lib._threadpool_get_thread_count()
         if found != threads:
             raise RuntimeError(f"executorch's thread pool has {found} threads, not {threads}")
