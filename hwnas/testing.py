@@ -197,9 +197,9 @@ class DeviceContract:
         assert all(isinstance(value, str) for value in versions.values())
 
     def test_runs_as_often_as_asked(self, device: Device, network: Path) -> None:
-        """At least `repeats` positive times, or one that stands for so many."""
+        """At least `repeats` positive times, or one that stands for them, and how they spread."""
         times = device.run(network, replace(QUICK, repeats=7))
-        assert times.facts.get("runs", len(times.times_ms)) >= 7
+        assert len(times.times_ms) >= 7 or times.spread is not None
         assert min(times.times_ms) > 0
 
     def test_bigger_networks_take_longer(self, device: Device, network: Path, tmp_path: Path) -> None:
