@@ -48,4 +48,4 @@ def write_text(path: Path, text: str) -> None:
 
 def parts(path: Path) -> list[Path]:
     """The files of a network: `path`, and those beside it that share its stem (ncnn's `m.param` and `m.bin`)."""
-    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.*"))
+    return sorted(file for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.stem == path.stem)

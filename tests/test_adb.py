@@ -289,13 +289,13 @@ def test_a_hostile_name(pixel, phone, tmp_path):
 
 
 def test_a_hostile_phone(phone, tmp_path):
-    word = HOSTILE.format(tmp_path).replace("\n", "")
+    word = "\x1b[31m" + HOSTILE.format(tmp_path).replace("\n", "")
     phone.say("getprop", GETPROP.format(model=word))
     phone.say("battery", BATTERY.replace("83", word) + word)
     phone.say("thermalservice", "Thermal Status: " + word)
     with open_adb(phone) as transport:
         about = transport.about()
-        assert about["phone"].startswith("$(touch")
+        assert about["phone"].startswith("[31m$(touch")
         assert all(value.isprintable() for value in about.values())
         state = transport.state()
         assert state["battery_celsius"] == 28.7
@@ -311,6 +311,17 @@ def test_programs_may_end_like_the_client(phone):
         assert transport.run(["sh", "-c", "exit 255"]).status == 255
         assert transport.run(["sh", "-c", "echo 'adb: device offline' >&2; exit 1"]).status == 1
         assert transport.folder == folder
+
+
+def test_a_program_that_hangs_is_ended(phone, tmp_path):
+    with open_adb(phone) as transport:
+        transport.run(["true"])
+        hang = ["sh", "-c", 'sleep 600 & echo $! >"$1"; wait', "sh", str(tmp_path / "pid")]
+        with pytest.raises(DeviceError, match=r"`sh` did not end within 0\.5 s"):
+            transport.run(hang, timeout_s=0.5)
+        pid = (tmp_path / "pid").read_text().strip()
+        wait_until(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
+        assert transport.run(["echo", "again"]).stdout == "again\n"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from hwnas.devices import runtimes, worker
 from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
-from hwnas.devices.transports.base import Transport
+from hwnas.devices.transports.base import ConnectionLostError, Transport
 from hwnas.errors import DeviceError
 
 START_TIMEOUT_S = 120.0  # importing a runtime from a cold disk, at the worst
@@ -63,6 +63,7 @@ class WorkerDevice(Device):
         self._options = {"precision": precision, **(options or {})}
         self._transport, self._cores, self._python = transport, cores, python or transport.python
         self._process: _Process | None = None
+        self._folder = ""  # of the connection that it uses
         self._versions: dict[str, str] = {}
 
     def versions(self) -> dict[str, str]:
@@ -72,9 +73,12 @@ class WorkerDevice(Device):
 
     def run(self, path: Path, timing: Timing) -> RunTimes:
         """See `Device`."""
+        there = self._transport.send(path)
+        if self._transport.folder != self._folder:  # the connection broke between two calls, and is there anew
+            self._kill()
         request = {
             "op": "run",
-            "path": self._transport.send(path),
+            "path": there,
             "cores": self._cores,
             "threads": timing.threads,
             "warmup_s": timing.warmup_s,
@@ -83,11 +87,14 @@ class WorkerDevice(Device):
             "min_duration_s": timing.min_duration_s,
         }
         answer = self._ask(self._open(), request, timing.timeout_s)
-        return RunTimes(
-            tuple(ns / 1e6 for ns in answer["times_ns"]),
-            tuple(map(bool, answer["preempted"])),
-            answer["facts"],
-        )
+        try:
+            return RunTimes(
+                tuple(ns / 1e6 for ns in answer["times_ns"]),
+                tuple(map(bool, answer["preempted"])),
+                dict(answer["facts"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeviceError(f"device {self.name!r}: {self.runtime} sent no times: {error!r}") from None
 
     def close(self) -> None:
         """See `Device`."""
@@ -118,8 +125,11 @@ class WorkerDevice(Device):
             runtime = self._transport.send(self._file)
             command = [*self._python, script, runtime, json.dumps(self._options)]
             self._process = _Process(self._transport, command)
+            self._folder = self._transport.folder
             try:
                 self._versions = self._ask(self._process, {"op": "versions"}, START_TIMEOUT_S)
+            except ConnectionLostError:
+                raise
             except DeviceError as error:
                 self._kill()
                 raise DeviceGoneError(f"{error}; is {self.runtime} installed there?") from None
@@ -132,13 +142,13 @@ class WorkerDevice(Device):
             self._kill()
             if ended.lost:
                 self._transport.lost()
-                raise DeviceError(f"device {self.name!r}: {ended}") from None
+                raise ConnectionLostError(f"device {self.name!r}: {ended}") from None
             raise DeviceError(f"device {self.name!r}: {self.runtime} {ended}") from None
         except BaseException:  # interrupted: its answer would be taken for that of the next request
             self._kill()
             raise
         if "error" in answer:
-            raise DeviceError(f"device {self.name!r}: {_first_line(answer['error'])}")
+            raise DeviceError(f"device {self.name!r}: {_first_line(str(answer['error']))}")
         return answer["ok"]
 
 
@@ -182,9 +192,11 @@ class _Process:
             raise self._ended() from None
         line = self._read_line(timeout_s)
         try:
-            answer: dict[str, Any] = json.loads(line)
+            answer = json.loads(line)
         except ValueError:
-            raise _Ended(f"sent what is not JSON: {line[:100]!r}") from None
+            answer = None
+        if not isinstance(answer, dict) or not answer.keys() & {"ok", "error"}:
+            raise _Ended(f"sent what is no answer: {line[:100]!r}")
         return answer
 
     def _read_line(self, timeout_s: float) -> bytes:
@@ -220,8 +232,7 @@ class _Process:
 
     def kill(self) -> None:
         """End the worker, whatever it is doing."""
-        self._process.kill()
-        self._process.wait()
+        self._transport.kill(self._process)
         for file in (self._requests, self._answers, self._stderr):
             try:
                 file.close()
@@ -230,5 +241,5 @@ class _Process:
 
 
 def _first_line(text: str, limit: int = 300) -> str:
-    line = text.strip().splitlines()[0]
+    line = (text.strip() or "it did not say why").splitlines()[0]
     return line if len(line) <= limit else line[: limit - 3] + "..."

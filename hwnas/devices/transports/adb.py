@@ -14,7 +14,7 @@ from typing import Any
 
 from hwnas.devices import readings
 from hwnas.devices.base import Check, DeviceGoneError
-from hwnas.devices.transports.base import CONNECT_TIMEOUT_S, COPY_TIMEOUT_S, Finished, Transport
+from hwnas.devices.transports.base import CONNECT_TIMEOUT_S, COPY_TIMEOUT_S, ConnectionLostError, Finished, Transport
 from hwnas.errors import DeviceError
 
 MIN_BATTERY_PCT = 20  # phones save power below it
@@ -37,7 +37,7 @@ _SAID = re.compile(
     r"(?P<offline>device (?:still )?offline)|(?P<unauthorized>device (?:still )?(?:unauthorized|authorizing))|"
     r"(?P<permissions>insufficient permissions for device)|"
     r"(?P<gone>device '.*' not found|device not found|no devices(?:/emulators)? found|closed|protocol fault.*|"
-    r"failed to read copy response.*|couldn't read from device|connection reset.*)|"
+    r"connection reset.*)|"
     r"(?P<server>cannot connect to daemon.*|failed to (?:check server version|start daemon).*))",
     re.MULTILINE,
 )
@@ -78,14 +78,21 @@ class Adb(Transport):
             opened: `Device.versions` does that, which comes before anything is locked.
     """
 
+    announces = True
+
     def __init__(self, serial: str | None, *, model: str | None = None, folder: str | None = None, **common: Any):
         super().__init__(folder=folder or _FOLDER, **common)
         self._serial, self._model = serial, model
         self.address = f"adb {serial or model or 'phone'}"
 
     def argv(self, command: Sequence[str]) -> list[str]:
-        """See `Transport`. The client joins its arguments with blanks, for the phone's shell: there is one, quoted."""
-        return [self._client, "-s", self._serial or "", "shell", "-T", shlex.join(command)]
+        """See `Transport`. The client joins its arguments with blanks, for the phone's shell: there is one, quoted.
+
+        That shell leads a process group. It stays while the program runs (`exit`): what ends when the connection breaks
+        is the shell alone, and not the `timeout` that ends the program.
+        """
+        script = f'echo "hwnas $$"; {shlex.join(command)}; exit'
+        return [self._client, "-s", self._serial or "", "shell", "-T", script]
 
     def holder_argv(self, command: Sequence[str]) -> list[str]:
         """See `Transport`. The phone is looked for first."""
@@ -117,10 +124,10 @@ class Adb(Transport):
         done = self._run_client("-s", self._serial or "", "push", str(path.absolute()), there, timeout_s=COPY_TIMEOUT_S)
         if done.status == 0:
             return
-        lost = self.failure(done.status, done.stderr) or (_GONE if self._broken() else None)
-        if lost is not None:
+        if self._broken():
             self.lost()
-            raise DeviceError(lost)
+            lost = self.failure(done.status, done.stderr) or _GONE
+            raise ConnectionLostError(f"{self.address}: the connection broke: {lost}")
         errors = [line for line in done.stderr.splitlines() if line.startswith("adb: ")]  # then it counts the files
         raise DeviceError(Finished(done.status, "", errors[0] if errors else done.stderr).reason)
 

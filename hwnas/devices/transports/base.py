@@ -6,6 +6,7 @@ import os
 import re
 import selectors
 import shlex
+import signal
 import subprocess
 import tempfile
 import time
@@ -16,24 +17,43 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakKeyDictionary
 
 from hwnas.devices.base import Check, DeviceGoneError
 from hwnas.errors import DeviceError
 from hwnas.files import parts
 
 CONNECT_TIMEOUT_S = 30.0
+PREPARE_TIMEOUT_S = 60.0  # of each command
+UNDO_TIMEOUT_S = 20.0  # of all: longer ones go on, but we do not wait for them
 COPY_TIMEOUT_S = 300.0
+KILL_TIMEOUT_S = 5.0
 MAX_COPIES = 6  # files kept there, the last used: a program and its runtime, a child, the reference, and two more
 
 # Runs on the machine for as long as we use it. Its stdin ends when we close it, when this process dies, or when the
-# connection does; then it leaves the machine as it was found.
-_HOLD = """trap '' HUP INT TERM PIPE
-umask 077
-folder=$(mktemp -d "${{1:-${{TMPDIR:-/tmp}}}}/hwnas-XXXXXXXX") || exit 1
-echo "$folder"
-cat >/dev/null
-rm -rf "$folder"
-{undo}"""
+# connection does; then it leaves the machine as it was found. Signals are caught, not ignored, while it prepares:
+# programs inherit that. Its own shell runs nothing of the user's but `env`: no builtin can end it. It has one line and
+# no backslash, which not all login shells read alike.
+_HOLD = (
+    "trap : HUP INT TERM PIPE; umask 077; {supersede}"
+    'folder=$(cd -- "${{1:-${{TMPDIR:-/tmp}}}}" >/dev/null && mktemp -d "$PWD/hwnas-XXXXXXXX") || exit 1; '
+    'echo "$folder"; {prepare}cat >/dev/null; '
+    "trap '' HUP INT TERM PIPE; {undo}"
+    'rm -rf "$folder"'
+)
+# Where a network is down, the machine learns it hours after us: its old holder is ended, and its undoing waited for,
+# before anything is prepared anew. The PID may be another program's by now, if the machine was restarted.
+_SUPERSEDE = (
+    'if grep -qs hwnas- "/proc/$2/cmdline"; then kill -s TERM -- "-$2"; n=0; '
+    'while [ -d "$3" ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n+1)); done; fi; '
+)
+_PREPARE = 'env {command} </dev/null >"$folder/said" 2>&1 && echo prepared && '
+_PREPARED = 'rm -f "$folder/said" || echo "failed: $(tail -n 1 "$folder/said")"; '
+_UNDO = "env {command} </dev/null >/dev/null 2>&1; "
+
+
+class ConnectionLostError(DeviceError):
+    """The connection broke while something ran there. The next call opens it anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +87,36 @@ class Transport(ABC):
 
     A new transport has to say what to run on this host so that a command runs there (`argv`).
 
+    A transport is used by one thread at a time.
+
     Args:
         prepare: commands that bring the machine into the state to measure in, run when it is opened.
-        undo: commands that bring it back.
+        undo: commands that bring it back, run also where one of `prepare` failed.
         folder: where the temporary folder is made there; None for $TMPDIR, or /tmp.
 
     Attributes:
         address: of the machine, for messages and for locking it: `ssh jetson`.
         python: the command that runs Python there.
-        folder: the temporary folder there; empty while it is not open.
+        announces: whether what `argv` runs first prints a line `hwnas PID`, the PID that of a process group there. What
+            precedes it, such as the greetings of a shell's profile, is not the program's.
+        folder: the temporary folder there; empty while it is not open. Another folder, another connection.
     """
 
     address: str
     python: tuple[str, ...] = ("python3",)
+    announces: bool = False
 
     def __init__(
         self, *, prepare: Sequence[Sequence[str]] = (), undo: Sequence[Sequence[str]] = (), folder: str | None = None
     ) -> None:
         self._prepare, self._undo, self._parent = prepare, undo, folder
         self._holder: subprocess.Popen[bytes] | None = None
-        self._sent: OrderedDict[tuple[Path, int, int], list[str]] = OrderedDict()
+        self._holder_stderr: IO[bytes] | None = None
+        self._lost_holder: tuple[str, str] | None = None  # its process group and folder there
+        self._groups: WeakKeyDictionary[subprocess.Popen[bytes], str] = WeakKeyDictionary()  # there, by process here
+        self._sent: OrderedDict[tuple[tuple[Path, int, int], ...], list[str]] = OrderedDict()
         self._num_sent = 0
+        self._greeting = ""  # what came before the last program's own output
         self.folder = ""
 
     @abstractmethod
@@ -101,19 +130,29 @@ class Transport(ABC):
         """Why the connection failed, given how `argv`'s process ended; None where it is the program there that ended.
 
         A line that says what to do, where that is known.
+
+        Raises:
+            DeviceGoneError: no other connection would do better.
         """
         return None
 
     def copy(self, path: Path, there: str) -> None:
-        """Copy a file to the machine.
+        """Copy a file to the machine: all of it, or nothing is left there.
 
         Raises:
             DeviceError: it could not be copied.
         """
-        with path.open("rb") as file:
-            done = self.run(["sh", "-c", 'cat >"$1"', "sh", there], timeout_s=COPY_TIMEOUT_S, stdin=file)
+        script = '{ cat >"$1" && wc -c <"$1"; } || { rm -f "$1"; exit 1; }'
+        try:
+            with path.open("rb") as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                done = self.run(["sh", "-c", script, "sh", there], timeout_s=COPY_TIMEOUT_S, stdin=file)
+        except OSError as error:
+            raise DeviceError(error.strerror) from None
         if done.status:
             raise DeviceError(done.reason)
+        if done.stdout.strip() != str(size_bytes):
+            raise DeviceError(f"{done.stdout.strip()} of {size_bytes} bytes arrived")
 
     def send(self, path: Path) -> str:
         """Make a file available on the machine, and its `hwnas.files.parts`: its path there. Cheap if sent before.
@@ -123,25 +162,31 @@ class Transport(ABC):
             DeviceGoneError: the machine cannot be reached, or has no room.
         """
         self._open()
+        files = [path, *(part for part in parts(path) if part != path)]
         try:
-            stat = path.stat()
+            stats = [file.stat() for file in files]
         except OSError as error:
             raise DeviceError(f"{path}: {error.strerror}") from None
-        key = (path.absolute(), stat.st_mtime_ns, stat.st_size)
+        key = tuple((file.absolute(), stat.st_mtime_ns, stat.st_size) for file, stat in zip(files, stats, strict=True))
         if key not in self._sent:
             while len(self._sent) >= MAX_COPIES:
                 self.run(["rm", "-f", *self._sent.popitem(last=False)[1]])
             self._num_sent += 1
-            stem = f"{self.folder}/{self._num_sent}"
-            names = {part: stem + re.sub(r"[^\w.]", "_", part.suffix, flags=re.ASCII) for part in parts(path)}
-            for part, there in names.items():
+            folder = self.folder
+            stem = f"{folder}/{self._num_sent}"
+            names = [stem + re.sub(r"[^\w.]", "_", file.suffix, flags=re.ASCII) for file in files]
+            for file, there in zip(files, names, strict=True):
                 try:
-                    self.copy(part, there)
+                    self.copy(file, there)
+                    if self.folder != folder:
+                        raise ConnectionLostError(f"{self.address}: the connection broke")
+                except (ConnectionLostError, DeviceGoneError):
+                    raise
                 except DeviceError as error:
-                    said = f"{self.address}: {part.name} could not be copied to {self.folder}: {error}"
-                    full = "no space left" in said.lower() or "quota" in said.lower()
+                    full = "no space left" in str(error).lower() or "quota" in str(error).lower()
+                    said = f"{self.address}: {file.name} could not be copied to {folder}: {error}"
                     raise (DeviceGoneError if full else DeviceError)(said) from None
-            self._sent[key] = [names.pop(path), *names.values()]
+            self._sent[key] = names
         self._sent.move_to_end(key)
         return self._sent[key][0]
 
@@ -152,34 +197,54 @@ class Transport(ABC):
             DeviceGoneError: the machine cannot be reached.
         """
         self._open()
-        return self._popen(self.argv(command), stderr)
+        return self._popen(self.argv(command), stdin=subprocess.PIPE, stderr=stderr)
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """End a program that `start` started, here and there, whatever it is doing. Never raises."""
+        group = self._groups.pop(process, None)
+        if process.poll() is None:
+            if group is not None and self._holder is not None and self._holder.poll() is None:
+                # Its session, where there is such a command: `timeout` makes a group of its own.
+                script = 'pkill -KILL -s "$1"; kill -s KILL -- "-$1" || kill -s KILL "$1"'
+                try:
+                    subprocess.run(
+                        self.argv(["sh", "-c", script, "sh", group]),
+                        stdin=subprocess.DEVNULL,
+                        capture_output=True,
+                        timeout=KILL_TIMEOUT_S,
+                        start_new_session=True,
+                        check=False,
+                    )
+                except (OSError, subprocess.TimeoutExpired):
+                    self._forget()  # it hangs
+            _signal(process, signal.SIGKILL)
+        process.wait()
 
     def run(self, command: Sequence[str], *, timeout_s: float = 60.0, stdin: IO[bytes] | None = None) -> Finished:
         """Run a program there to its end, whatever its status.
 
         Raises:
-            DeviceError: it took over `timeout_s`, or the connection broke.
+            DeviceError: it took over `timeout_s`, and was ended.
+            ConnectionLostError: the connection broke.
             DeviceGoneError: the machine cannot be reached.
         """
         self._open()
-        try:
-            done = subprocess.run(
-                self.argv(command),
-                stdin=subprocess.DEVNULL if stdin is None else stdin,
-                capture_output=True,
-                timeout=timeout_s,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise DeviceError(f"{self.address}: `{command[0]}` did not end within {timeout_s:g} s") from None
-        except OSError as error:
-            raise DeviceGoneError(f"{self.address}: {error.filename} cannot be started: {error.strerror}") from None
-        finished = Finished(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+        end = time.monotonic() + timeout_s
+        source = subprocess.DEVNULL if stdin is None else stdin
+        with self._popen(self.argv(command), stdin=source, stderr=subprocess.PIPE, timeout_s=timeout_s) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self.kill(process)
+                raise DeviceError(f"{self.address}: `{command[0]}` did not end within {timeout_s:g} s") from None
+            except BaseException:
+                self.kill(process)
+                raise
+        finished = Finished(process.returncode, stdout.decode(errors="replace"), stderr.decode(errors="replace"))
         lost = self.failure(finished.status, finished.stderr)
         if lost is not None:
             self._forget()
-            raise DeviceError(f"{self.address}: {lost}")
+            raise ConnectionLostError(f"{self.address}: the connection broke: {lost}")
         return finished
 
     def check(self) -> Iterator[Check]:
@@ -208,10 +273,7 @@ class Transport(ABC):
 
     def close(self) -> None:
         """Remove the temporary folder, and undo the preparation. Never raises; a later call opens it again."""
-        holder = self._holder
-        self._forget(end=False)
-        if holder is not None:
-            _end(holder, patience_s=20)
+        self._forget(patience_s=UNDO_TIMEOUT_S)
 
     def lost(self) -> None:
         """Told by a device whose program ended because the connection broke: the next call opens it anew."""
@@ -219,81 +281,128 @@ class Transport(ABC):
 
     # ------------------------------------------------------------ the holder
 
+    def holder_argv(self, command: Sequence[str]) -> list[str]:
+        """Like `argv`, for the program that runs there as long as the machine is open."""
+        return self.argv(command)
+
     def _open(self) -> None:
         if self._holder is not None:
             if self._holder.poll() is None:
                 return
             self._forget()  # it broke between two calls
-        undo = "\n".join(shlex.join(command) for command in self._undo)
-        script = _HOLD.format(undo=undo)
-        with tempfile.TemporaryFile() as stderr:
-            holder = self._popen(self.holder_argv(["sh", "-c", script, "sh", self._parent or ""]), stderr)
-            folder = _first_line(holder, CONNECT_TIMEOUT_S)
-            if not folder.startswith("/"):
-                status = _end(holder)
-                stderr.seek(0)
-                said = stderr.read().decode(errors="replace")
-                reason = self.failure(status, said) or Finished(status, folder, said).reason
-                raise DeviceGoneError(f"{self.address}: {reason}")
-        self._holder, self.folder = holder, folder
-        for command in self._prepare:
-            try:
-                done = self.run(command)
-            except DeviceError:
-                self.close()
-                raise
-            if done.status:
-                self.close()
-                raise DeviceGoneError(f"{self.address}: preparing it, `{shlex.join(command)}`, failed: {done.reason}")
-
-    def holder_argv(self, command: Sequence[str]) -> list[str]:
-        """Like `argv`, for the program that runs there as long as the machine is open."""
-        return self.argv(command)
-
-    def _forget(self, *, end: bool = True) -> None:
-        holder, self._holder, self.folder = self._holder, None, ""
-        self._sent.clear()
-        if holder is not None and end:
-            _end(holder)
-
-    def _popen(self, argv: list[str], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+        prepare = "".join(_PREPARE.format(command=shlex.join(command)) for command in self._prepare)
+        script = _HOLD.format(
+            supersede=_SUPERSEDE if self._lost_holder else "",
+            prepare=prepare + _PREPARED if prepare else "",
+            undo="".join(_UNDO.format(command=shlex.join(command)) for command in self._undo),
+        )
+        argv = self.holder_argv(["sh", "-c", script, "sh", self._parent or "", *(self._lost_holder or ())])
+        self._holder_stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _forget
         try:
-            return subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                start_new_session=True,  # Ctrl-C reaches us, and we end it
-            )
+            self._holder = self._popen(argv, stdin=subprocess.PIPE, stderr=self._holder_stderr)
+            self.folder = self._answer(self._holder, CONNECT_TIMEOUT_S, r"/.*/hwnas-\w{8}", "cannot be used")
+            for command in self._prepare:
+                what = f"preparing it, `{shlex.join(command)}`, failed"
+                self._answer(self._holder, PREPARE_TIMEOUT_S, "prepared", what)
+        except BaseException:
+            self._forget(patience_s=UNDO_TIMEOUT_S if self.folder else 1)
+            raise
+        self._lost_holder = None
+
+    def _answer(self, holder: subprocess.Popen[bytes], timeout_s: float, wanted: str, what: str) -> str:
+        """The next line of the holder."""
+        line = _line(holder, timeout_s)
+        if re.fullmatch(wanted, line):
+            return line
+        if line:
+            raise DeviceGoneError(f"{self.address}: {what}: {line.removeprefix('failed: ')}")
+        try:
+            status = holder.wait(1)
+        except subprocess.TimeoutExpired:
+            raise DeviceGoneError(f"{self.address}: {what}: no answer within {timeout_s:g} s") from None
+        said = self._said()
+        reason = self.failure(status, said) or Finished(status, self._greeting, said).reason
+        raise DeviceGoneError(f"{self.address}: {reason}")
+
+    def _said(self) -> str:
+        """What the holder printed to its stderr."""
+        if self._holder_stderr is None:
+            return ""
+        size = os.fstat(self._holder_stderr.fileno()).st_size
+        return os.pread(self._holder_stderr.fileno(), size, 0).decode(errors="replace")  # the position is the holder's
+
+    def _forget(self, *, patience_s: float = 2.0) -> None:
+        holder, self._holder = self._holder, None
+        stderr, self._holder_stderr = self._holder_stderr, None
+        if holder is not None and holder in self._groups and self.folder:
+            self._lost_holder = self._groups[holder], self.folder
+        self.folder = ""
+        self._sent.clear()
+        if holder is not None:
+            _end(holder, patience_s)
+        if stderr is not None:
+            stderr.close()
+
+    def _popen(
+        self, argv: list[str], *, stdin: IO[bytes] | int, stderr: IO[bytes] | int, timeout_s: float = CONNECT_TIMEOUT_S
+    ) -> subprocess.Popen[bytes]:
+        """A process with a pipe for its stdout, which is at the beginning of what the program there prints."""
+        try:
+            # A session of its own: Ctrl-C reaches us, and we end it.
+            process = subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True)
         except OSError as error:
-            raise DeviceGoneError(f"{argv[0]} cannot be started: {error.strerror}") from None
+            raise DeviceGoneError(f"{self.address}: {argv[0]} cannot be started: {error.strerror}") from None
+        if self.announces:
+            end = time.monotonic() + timeout_s
+            self._greeting = ""
+            try:
+                while line := _line(process, end - time.monotonic(), keep_end=True):
+                    if found := re.search(r"hwnas (\d+)\n$", line):
+                        self._groups[process] = found[1]
+                        break
+                    self._greeting += line
+            except BaseException:
+                _end(process, 0)
+                if process.stderr is not None:
+                    process.stderr.close()
+                raise
+        return process
 
 
-def _first_line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
-    """The first line of a program's output, without its end; what there is of it after `timeout_s`."""
+def _line(process: subprocess.Popen[bytes], timeout_s: float, *, keep_end: bool = False) -> str:
+    """The next line of a program's output; what there is of it after `timeout_s`."""
     assert process.stdout is not None
     line = b""
     end = time.monotonic() + timeout_s
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while not line.endswith(b"\n") and selector.select(max(0.0, end - time.monotonic())):
-            byte = os.read(process.stdout.fileno(), 1)
+            byte = os.read(process.stdout.fileno(), 1)  # no more: the rest is for others to read
             if not byte:
                 break
             line += byte
-    return line.decode(errors="replace").strip()
+    text = line.decode(errors="replace")
+    return text if keep_end else text.removesuffix("\n")
 
 
-def _end(process: subprocess.Popen[bytes], patience_s: float = 2.0) -> int:
-    """Close a program's stdin, wait for it, and kill it where that does not help; its status."""
-    assert process.stdin is not None
-    assert process.stdout is not None
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to a process that `start_new_session` started, and to those that it started."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
+        os.killpg(process.pid, number)
+
+
+def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Close a program's stdin, wait for it, and kill it where that does not help."""
     with suppress(OSError):
-        process.stdin.close()
-    try:
-        status = process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        status = process.wait()
-    process.stdout.close()
-    return status
+        if process.stdin is not None:
+            process.stdin.close()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            process.wait(patience_s)
+            break
+        except subprocess.TimeoutExpired:
+            _signal(process, number)
+            patience_s = 1
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()

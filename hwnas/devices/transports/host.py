@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from hwnas.devices.transports import linux
 from hwnas.devices.transports.base import Transport
 
 
@@ -22,3 +24,11 @@ class Host(Transport):
     def send(self, path: Path) -> str:
         """See `Transport`."""
         return str(path.absolute())
+
+    def about(self) -> dict[str, str]:
+        """See `Transport`."""
+        return linux.about(self)
+
+    def state(self) -> dict[str, Any]:
+        """See `Transport`."""
+        return linux.state(self)
