@@ -200,7 +200,7 @@ def test_check_names_the_remedy(capsys, tmp_path):
     code, out, err = run(capsys, "devices", "check", board)
     assert code == 4
     assert "pass  reached: host" in out
-    assert "FAIL  onnxruntime: /no/such/python cannot be started: No such file or directory" in out
+    assert "FAIL  onnxruntime: host: /no/such/python cannot be started: No such file or directory" in out
     assert "install there: hwnas" in out
     assert err.startswith("hwnas: device")
 

@@ -71,7 +71,8 @@ class ToolDevice(Device):
             killed = f"; it was ended by {signal.Signals(number).name}" if number in set(signal.Signals) else ""
             hint = " (out of memory, or somebody killed it)" if number == signal.SIGKILL else ""
             raise DeviceError(f"device {self.name!r}: {self._tool.runtime}: {error}{killed}{hint}") from None
-        return replace(times, facts={**times.facts, **before, **self._transport.state()})
+        after = self._transport.state()
+        return replace(times, facts={**times.facts, **after, **({"before": before} if before else {})})
 
     def check(self) -> Iterator[Check]:
         """See `Device`."""
