@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.devices.base import Device, DeviceGoneError, RunTimes, Timing
-from hwnas.devices.lock import exclusive
+from hwnas.devices.lock import HOST, exclusive
 from hwnas.errors import DeviceError, ExportError
 from hwnas.exporters.base import exporter, random_tensors
 from hwnas.files import parts
@@ -112,7 +112,7 @@ class _Bench:
         self._versions = device.versions()
         reference = reference_child(space)
         self._reference = reference.id
-        self._reference_path = self._write(reference)
+        self._reference_path, _ = self._write(reference)
         self._reference_ms: list[float] = []  # of all rounds by this protocol
 
     def known(self, distrusted: bool = False) -> dict[Architecture, Measurement]:
@@ -134,12 +134,15 @@ class _Bench:
         rounds: list[RunTimes] = []
         reference_ms: list[float] = []
         error = None
-        started = written = time.perf_counter()
+        write_s = run_s = 0.0
         try:
-            path = file or self._write(arch)
-            written = time.perf_counter()
+            path = file
+            if path is None:
+                path, write_s = self._write(arch)
             with exclusive(self._device.address):
+                started = time.perf_counter()
                 rounds, reference_ms = self._rounds(path)
+                run_s = time.perf_counter() - started
             if file is None:
                 for part in parts(path):
                     part.unlink()
@@ -161,14 +164,18 @@ class _Bench:
             reference_ms=tuple(reference_ms),
             usual_reference_ms=self._usual([]) if rounds else None,
             error=error,
-            write_s=written - started,
-            run_s=time.perf_counter() - written,
+            write_s=write_s,
+            run_s=run_s,
         )
 
-    def _write(self, arch: Architecture) -> Path:
-        layers = lower(self._space, arch)
-        path = self._folder / f"{arch.id}{self._exporter.suffix}"
-        return self._exporter.write(layers, random_tensors(layers, self._rng), path).path
+    def _write(self, arch: Architecture) -> tuple[Path, float]:
+        """A child's file with random weights, and the seconds that took; not while this host measures."""
+        with exclusive(HOST):
+            started = time.perf_counter()
+            layers = lower(self._space, arch)
+            path = self._folder / f"{arch.id}{self._exporter.suffix}"
+            self._exporter.write(layers, random_tensors(layers, self._rng), path)
+            return path, time.perf_counter() - started
 
     def _rounds(self, path: Path) -> tuple[list[RunTimes], list[float]]:
         """Rounds of the child, and the reference's medians around them."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, with_config
 
+from hwnas.devices.lock import HOST
 from hwnas.errors import DeviceError
 
 
@@ -157,7 +158,7 @@ class Device(ABC):
     accepts: str
     precision: str = "fp32"
     timing: Timing = Timing()
-    address: str = "host"
+    address: str = HOST
 
     @property
     def file_precision(self) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+HOST = "host"  # the address of this machine
+
 
 @contextmanager
 def exclusive(address: str) -> Iterator[None]:

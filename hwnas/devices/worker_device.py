@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from hwnas.devices import runtimes, worker
 from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
+from hwnas.devices.lock import HOST
 from hwnas.devices.transports.base import ConnectionLostError, Transport
 from hwnas.errors import DeviceError
 
@@ -108,7 +109,7 @@ class WorkerDevice(Device):
             try:
                 versions = self.versions()
             except DeviceError as error:
-                where = "" if self.address == "host" else f" on {self.address}"
+                where = "" if self.address == HOST else f" on {self.address}"
                 yield Check(self.runtime, str(error), f"install there{where}: {self._kind.install}")
             else:
                 yield Check(self.runtime, ", ".join(f"{name} {version}" for name, version in versions.items()))

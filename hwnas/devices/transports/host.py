@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hwnas.devices.lock import HOST
 from hwnas.devices.transports import linux
 from hwnas.devices.transports.base import Transport
 
@@ -14,7 +15,7 @@ from hwnas.devices.transports.base import Transport
 class Host(Transport):
     """Runs programs on this machine; files are where they are."""
 
-    address = "host"
+    address = HOST
     python = (sys.executable, "-P")  # without the script's folder: its modules have names of packages
 
     def argv(self, command: Sequence[str]) -> list[str]:
