@@ -213,6 +213,7 @@ def test_cut_in_the_middle_of_a_run(server, device, network, tmp_path):
         device.run(network, FOREVER)
     thread.join()
     assert device.run(network, QUICK).latency_ms > 0
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())  # it would disturb what is measured next
     wait_for(lambda: not old.exists())
     device.close()
     assert not list(tmp_path.glob("hwnas-*"))
@@ -275,6 +276,17 @@ def test_hanging_program_is_ended_there(words, board):
         board.run([*words, "sleep", seconds], timeout_s=0.5)
     wait_for(lambda: not programs("sleep", seconds))
     assert board.run(["echo", "on"]).stdout == "on\n"
+
+
+def test_what_a_cut_left_running_is_ended(server, board):
+    seconds = f"101.{os.getpid()}"
+    thread = threading.Thread(target=lambda: (wait_for(lambda: programs("sleep", seconds)), server.cut()))
+    thread.start()
+    with pytest.raises(ConnectionLostError, match="the connection broke"):
+        board.run(["timeout", "100", "sleep", seconds])
+    thread.join()
+    assert board.run(["echo", "on"]).stdout == "on\n"
+    wait_for(lambda: not programs("sleep", seconds))
 
 
 def test_full_disk(server, tmp_path):

@@ -140,9 +140,10 @@ class WorkerDevice(Device):
         try:
             answer = process.ask({**request, "limit_s": timeout_s + 5}, timeout_s)  # it ends itself if we are gone
         except _Ended as ended:
-            self._kill()
             if ended.lost:
                 self._transport.lost()
+            self._kill()
+            if ended.lost:
                 raise ConnectionLostError(f"device {self.name!r}: {ended}") from None
             raise DeviceError(f"device {self.name!r}: {self.runtime} {ended}") from None
         except BaseException:  # interrupted: its answer would be taken for that of the next request

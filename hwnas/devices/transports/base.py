@@ -35,17 +35,20 @@ MAX_COPIES = 6  # files kept there, the last used: a program and its runtime, a 
 # programs inherit that. Its own shell runs nothing of the user's but `env`: no builtin can end it. It has one line and
 # no backslash, which not all login shells read alike.
 _HOLD = (
-    "trap : HUP INT TERM PIPE; umask 077; {supersede}"
+    "trap : HUP INT TERM PIPE; umask 077; {end}"
     'folder=$(cd -- "${{1:-${{TMPDIR:-/tmp}}}}" >/dev/null && mktemp -d "$PWD/hwnas-XXXXXXXX") || exit 1; '
     'echo "$folder"; {prepare}cat >/dev/null; '
     "trap '' HUP INT TERM PIPE; {undo}"
     'rm -rf "$folder"'
 )
-# Where a network is down, the machine learns it hours after us: its old holder is ended, and its undoing waited for,
-# before anything is prepared anew. The PID may be another program's by now, if the machine was restarted.
-_SUPERSEDE = (
-    'if grep -qs hwnas- "/proc/$2/cmdline"; then kill -s TERM -- "-$2"; n=0; '
-    'while [ -d "$3" ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n+1)); done; fi; '
+# What a lost connection left there is ended before anything is prepared anew: a program that computes does not look at
+# its stdin, and where the network is down, the machine learns it hours after us; the holder's undoing is waited for. A
+# PID may be another program's by now, if the machine was restarted. `timeout` makes a group of its own, in our session.
+_KILL = 'pkill -KILL -s "$1"; kill -s KILL -- "-$1" || kill -s KILL "$1"'
+_END_PROGRAM = 'if grep -qs hwnas "/proc/{group}/cmdline"; then sh -c {kill} sh {group} 2>/dev/null; fi; '
+_END_HOLDER = (
+    'if grep -qs hwnas "/proc/{group}/cmdline"; then kill -s TERM -- -{group}; n=0; '
+    "while [ -d {folder} ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n+1)); done; fi; "
 )
 _PREPARE = 'env {command} </dev/null >"$folder/said" 2>&1 && echo prepared && '
 _PREPARED = 'rm -f "$folder/said" || echo "failed: $(tail -n 1 "$folder/said")"; '
@@ -113,6 +116,7 @@ class Transport(ABC):
         self._holder: subprocess.Popen[bytes] | None = None
         self._holder_stderr: IO[bytes] | None = None
         self._lost_holder: tuple[str, str] | None = None  # its process group and folder there
+        self._lost_programs: list[str] = []  # their process groups
         self._groups: WeakKeyDictionary[subprocess.Popen[bytes], str] = WeakKeyDictionary()  # there, by process here
         self._sent: OrderedDict[tuple[tuple[Path, int, int], ...], list[str]] = OrderedDict()
         self._num_sent = 0
@@ -202,13 +206,14 @@ class Transport(ABC):
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """End a program that `start` started, here and there, whatever it is doing. Never raises."""
         group = self._groups.pop(process, None)
+        connected = self._holder is not None and self._holder.poll() is None
+        if group is not None and not connected:
+            self._lost_programs.append(group)
         if process.poll() is None:
-            if group is not None and self._holder is not None and self._holder.poll() is None:
-                # Its session, where there is such a command: `timeout` makes a group of its own.
-                script = 'pkill -KILL -s "$1"; kill -s KILL -- "-$1" || kill -s KILL "$1"'
+            if group is not None and connected:
                 try:
                     subprocess.run(
-                        self.argv(["sh", "-c", script, "sh", group]),
+                        self.argv(["sh", "-c", _KILL, "sh", group]),
                         stdin=subprocess.DEVNULL,
                         capture_output=True,
                         timeout=KILL_TIMEOUT_S,
@@ -216,6 +221,7 @@ class Transport(ABC):
                         check=False,
                     )
                 except (OSError, subprocess.TimeoutExpired):
+                    self._lost_programs.append(group)
                     self._forget()  # it hangs
             _signal(process, signal.SIGKILL)
         process.wait()
@@ -244,6 +250,7 @@ class Transport(ABC):
         lost = self.failure(finished.status, finished.stderr)
         if lost is not None:
             self._forget()
+            self.kill(process)
             raise ConnectionLostError(f"{self.address}: the connection broke: {lost}")
         return finished
 
@@ -291,12 +298,16 @@ class Transport(ABC):
                 return
             self._forget()  # it broke between two calls
         prepare = "".join(_PREPARE.format(command=shlex.join(command)) for command in self._prepare)
+        end = "".join(_END_PROGRAM.format(group=group, kill=shlex.quote(_KILL)) for group in self._lost_programs)
+        if self._lost_holder is not None:
+            group, folder = self._lost_holder
+            end += _END_HOLDER.format(group=group, folder=shlex.quote(folder))
         script = _HOLD.format(
-            supersede=_SUPERSEDE if self._lost_holder else "",
+            end=end,
             prepare=prepare + _PREPARED if prepare else "",
             undo="".join(_UNDO.format(command=shlex.join(command)) for command in self._undo),
         )
-        argv = self.holder_argv(["sh", "-c", script, "sh", self._parent or "", *(self._lost_holder or ())])
+        argv = self.holder_argv(["sh", "-c", script, "sh", self._parent or ""])
         self._holder_stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _forget
         try:
             self._holder = self._popen(argv, stdin=subprocess.PIPE, stderr=self._holder_stderr)
@@ -308,6 +319,7 @@ class Transport(ABC):
             self._forget(patience_s=UNDO_TIMEOUT_S if self.folder else 1)
             raise
         self._lost_holder = None
+        self._lost_programs.clear()
 
     def _answer(self, holder: subprocess.Popen[bytes], timeout_s: float, wanted: str, what: str) -> str:
         """The next line of the holder."""
