@@ -21,4 +21,5 @@ class Host(Transport):
 
     def send(self, path: Path) -> str:
         """See `Transport`."""
+        self._open()  # what reads the file may need the temporary folder
         return str(path.absolute())
