@@ -81,7 +81,8 @@ def test_failures(text, message):
 def test_command_line():
     timing = Timing(min_duration_s=1.2, threads=4)
     assert list(Program("int8").command("p", "/f/1.onnx", timing, "/f")) == [
-        *("p", "-I", "-S", "0", "-e", "cpu", "-m", "duration", "-t", "2", "-x", "4", "-y", "1", "-Z", "-s", "/f/1.onnx")
+        *("p", "-I", "-S", "0", "-e", "cpu", "-o", "99", "-m", "duration", "-t", "2"),
+        *("-x", "4", "-y", "1", "-Z", "-s", "/f/1.onnx"),
     ]
     with pytest.raises(ValueError, match="provider: Program has no such options"):
         Program("fp32", provider="cuda")

@@ -160,11 +160,11 @@ class _Writer:
             case "add":
                 self._node("Add", inputs, output)
 
-    def quantised(self, value: str, range: tuple[float, float] | None = None) -> str:
-        """The value after quantisation and dequantisation, by its range or that of its name; itself in float32."""
+    def quantised(self, value: str, limits: tuple[float, float] | None = None) -> str:
+        """The value after quantisation and dequantisation, by default in the range of its name; itself in float32."""
         if self._quantisation is None:
             return value
-        low, high = range or self._range(value)
+        low, high = limits or self._range(value)
         low, high = min(low, 0.0), max(high, 0.0)  # zero, which pads, is exact
         symmetric = self._quantisation.symmetric
         scale = (max(-low, high) / 127 if symmetric else (high - low) / 255) or 1.0

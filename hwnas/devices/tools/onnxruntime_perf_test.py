@@ -34,6 +34,7 @@ class Program(Tool):
             "-I",  # makes up its input,
             *("-S", "0"),  # always the same
             *("-e", "cpu"),
+            *("-o", "99"),  # all optimisations: older versions do not by themselves
             *("-m", "duration", "-t", str(max(1, math.ceil(timing.min_duration_s)))),
             *("-x", str(timing.threads), "-y", "1"),
             "-Z",  # threads do not spin between runs
