@@ -17,13 +17,13 @@ from hwnas.network import Network, batch_norms, initialise
 from hwnas.space import SearchSpace
 from hwnas.testing import ExporterContract, tiny_space
 
-FORMATS = ("onnx", "onnx-symmetric")
+PRECISIONS = ("int8", "int8-symmetric")
 
 
 class TestInt8(ExporterContract):
-    @pytest.fixture(params=FORMATS)
+    @pytest.fixture(params=PRECISIONS)
     def exporter(self, request):
-        return exporter(request.param, "int8")
+        return exporter("onnx", request.param)
 
 
 def images_for(layers, num_images, seed):
@@ -68,15 +68,15 @@ def correlation(one, other):
     return np.corrcoef(one.ravel(), other.ravel())[0, 1]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["tiny", "h-swish", "bignas", "attentivenas"])
-def test_computes_nearly_what_the_network_does(format, name, tmp_path):
+def test_computes_nearly_what_the_network_does(precision, name, tmp_path):
     space = space_of(name)
     layers = lower(space, replace(space.smallest(), resolution=64))
     tensors = calibrated(layers, tmp_path)
     images = images_for(layers, 4, 1).numpy()
     expected = exporter("onnx").infer(tmp_path / "float.onnx", images)
-    writer = exporter(format, "int8")
+    writer = exporter("onnx", precision)
     found = writer.infer(writer.write(layers, tensors, tmp_path / "int8.onnx").path, images)
     assert correlation(expected, found) > 0.99
     assert not np.array_equal(expected, found)
@@ -131,21 +131,21 @@ def test_computes_on_integers(activation, tmp_path):
     assert kernels.keys().isdisjoint({"Conv", "FusedConv", "Gemm", "Add", "Relu", "Sigmoid", "GlobalAveragePool"})
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_int8_model_is_valid_and_small(format, tmp_path):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_int8_model_is_valid_and_small(precision, tmp_path):
     space = SearchSpace.load("ofa-mbv3")
     layers = lower(space, space.smallest())
     tensors = random_tensors(layers, np.random.default_rng(0))
     sizes = []
-    for precision in ("fp32", "int8"):
-        artifact = exporter(format, precision).write(layers, tensors, tmp_path / f"{precision}.onnx")
+    for each in ("fp32", precision):
+        artifact = exporter("onnx", each).write(layers, tensors, tmp_path / f"{each}.onnx")
         sizes.append(artifact.path.stat().st_size)
         onnx.checker.check_model(artifact.path, full_check=True)
     assert sizes[1] < 0.3 * sizes[0]
 
 
-def initialisers(layers, tensors, format, tmp_path):
-    artifact = exporter(format, "int8").write(layers, tensors, tmp_path / "m.onnx")
+def initialisers(layers, tensors, precision, tmp_path):
+    artifact = exporter("onnx", precision).write(layers, tensors, tmp_path / "m.onnx")
     return {value.name: onnx.numpy_helper.to_array(value) for value in onnx.load(artifact.path).graph.initializer}
 
 
@@ -157,8 +157,8 @@ def test_quantises_as_it_says(tmp_path):
     tensors["stem.conv.weight"][0] = 0  # a channel without weights
     tensors["stem.norm.bias"][:] = np.linspace(-3, 3, len(tensors["stem.norm.bias"]))
     weight = tensors["stem.conv.weight"] / np.float32(np.sqrt(1 + 1e-5))
-    for format in FORMATS:
-        found = initialisers(layers, tensors, format, tmp_path)
+    for precision in PRECISIONS:
+        found = initialisers(layers, tensors, precision, tmp_path)
         scale = found["stem.weight.scale"]
         assert found["stem.weight"].dtype == np.int8
         assert np.abs(found["stem.weight"]).reshape(len(weight), -1).max(axis=1)[1:].tolist() == [127] * (
@@ -168,7 +168,7 @@ def test_quantises_as_it_says(tmp_path):
         assert (np.abs(error).reshape(len(weight), -1).max(axis=1) <= scale / 2 * 1.0001).all()
     assert (found["image.zero_point"], found["image.scale"]) == (0, pytest.approx(2 / 127))
     np.testing.assert_allclose(found["stem.bias"], tensors["stem.norm.bias"], rtol=1e-6)
-    found = initialisers(layers, tensors, "onnx", tmp_path)
+    found = initialisers(layers, tensors, "int8", tmp_path)
     assert (found["image.zero_point"], found["image.scale"]) == (85, pytest.approx(3 / 255))
     np.testing.assert_allclose(found["stem.bias.scale"], found["stem.weight.scale"] * found["image.scale"], rtol=1e-6)
     bias = found["stem.bias"] * found["stem.bias.scale"]
@@ -182,8 +182,8 @@ def test_dead_values(tmp_path):
     for name in tensors:
         if name.endswith((".range", "conv.weight")):
             tensors[name] = np.zeros_like(tensors[name])
-    for format in FORMATS:
-        writer = exporter(format, "int8")
+    for precision in PRECISIONS:
+        writer = exporter("onnx", precision)
         logits = writer.infer(
             writer.write(layers, tensors, tmp_path / "m.onnx").path, np.ones((1, 1, 28, 28), dtype=np.float32)
         )

@@ -47,10 +47,10 @@ def opened():
         yield device
 
 
-def file_of(space, arch, folder, format="onnx", precision="fp32"):
+def file_of(space, arch, folder, precision="fp32"):
     layers = lower(space, arch)
     tensors = random_tensors(layers, np.random.default_rng(0))
-    return exporter(format, precision).write(layers, tensors, folder / "network.onnx").path
+    return exporter("onnx", precision).write(layers, tensors, folder / "network.onnx").path
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def network(tmp_path):
 @pytest.fixture
 def quantised(tmp_path):
     space = tiny_space()
-    return file_of(space, space.smallest(), tmp_path, "onnx-symmetric", "int8")
+    return file_of(space, space.smallest(), tmp_path, "int8-symmetric")
 
 
 # -------------------------------------------------------------------- onnxruntime

@@ -148,6 +148,7 @@ class Device(ABC):
         runtime: what runs the networks.
         accepts: the format of the files: an `Exporter.format`.
         precision: of the arithmetic.
+        int8: the precision of the files for int8, where the format knows several.
         timing: the protocol that suits the device.
         address: of the machine: on one address one round runs at a time, whichever device or process asks for it. It
             holds from the first call of `versions` on.
@@ -157,13 +158,14 @@ class Device(ABC):
     runtime: str
     accepts: str
     precision: str = "fp32"
+    int8: str = "int8"
     timing: Timing = Timing()
     address: str = HOST
 
     @property
     def file_precision(self) -> str:
         """Of the files it takes: int8 networks are written so, anything else is cast by the runtime from fp32."""
-        return "int8" if self.precision == "int8" else "fp32"
+        return self.int8 if self.precision == "int8" else "fp32"
 
     @abstractmethod
     def versions(self) -> dict[str, str]:

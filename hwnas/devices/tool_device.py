@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
 from hwnas.devices.tools.base import Tool
-from hwnas.devices.transports.base import Transport
+from hwnas.devices.transports.base import MAX_COPIES, Finished, Transport
 from hwnas.errors import DeviceError
+
+BUILD_TIMEOUT_S = 600.0  # TensorRT tries many kernels for each layer, a Jetson Nano takes minutes
 
 
 class ToolDevice(Device):
@@ -36,10 +39,13 @@ class ToolDevice(Device):
         cores: tuple[int, ...] | None = None,
     ) -> None:
         self.name, self.runtime, self.accepts, self.precision = name, tool.runtime, tool.accepts, tool.precision
+        self.int8 = tool.int8
         self.timing = timing or Timing()
         self.address = transport.address
         self._transport, self._tool, self._program = transport, tool, program or tool.program
         self._cores = cores
+        self._built: OrderedDict[tuple[str, str, int, int], str] = OrderedDict()
+        self._num_built = 0
 
     def versions(self) -> dict[str, str]:
         """See `Device`."""
@@ -56,12 +62,42 @@ class ToolDevice(Device):
 
     def run(self, path: Path, timing: Timing) -> RunTimes:
         """See `Device`."""
-        network = self._transport.send(path)
+        network = self._build(path, self._transport.send(path))
         command = self._tool.command(self._program, network, timing, self._transport.folder)
-        limit = ["timeout", "-s", "KILL", str(int(timing.timeout_s) + 5)]  # it ends also if we are gone
         pinned = [] if self._cores is None else ["taskset", f"{sum(1 << core for core in self._cores):x}"]
         before = self._transport.state()
-        done = self._transport.run([*limit, *pinned, *command], timeout_s=timing.timeout_s)
+        times = self._parse(self._run([*pinned, *command], timing.timeout_s))
+        after = self._transport.state()
+        return replace(times, facts={**times.facts, **after, **({"before": before} if before else {})})
+
+    def _build(self, path: Path, network: str) -> str:
+        """What the tool runs in place of a network's file, built at its first use; the file itself for most tools."""
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DeviceError(f"{path}: {error.strerror}") from None
+        folder = self._transport.folder
+        key = (folder, network, stat.st_mtime_ns, stat.st_size)  # a connection that is opened anew has a new folder
+        if key not in self._built:
+            built = f"{folder}/built{self._num_built}"
+            command = self._tool.build_command(self._program, network, built, folder)
+            if command is None:
+                return network
+            self._num_built += 1
+            done = self._run(command, BUILD_TIMEOUT_S)
+            if done.status:
+                self._parse(done)
+            while len(self._built) >= MAX_COPIES:
+                self._transport.run(["rm", "-f", self._built.popitem(last=False)[1]])
+            self._built[key] = built
+        self._built.move_to_end(key)
+        return self._built[key]
+
+    def _run(self, command: Sequence[str], timeout_s: float) -> Finished:
+        limit = ["timeout", "-s", "KILL", str(int(timeout_s) + 5)]  # it ends also if we are gone
+        return self._transport.run([*limit, *command], timeout_s=timeout_s)
+
+    def _parse(self, done: Finished) -> RunTimes:
         try:
             times = self._tool.parse(f"{done.stdout}\n{done.stderr}")
             if done.status:
@@ -71,8 +107,7 @@ class ToolDevice(Device):
             killed = f"; it was ended by {signal.Signals(number).name}" if number in set(signal.Signals) else ""
             hint = " (out of memory, or somebody killed it)" if number == signal.SIGKILL else ""
             raise DeviceError(f"device {self.name!r}: {self._tool.runtime}: {error}{killed}{hint}") from None
-        after = self._transport.state()
-        return replace(times, facts={**times.facts, **after, **({"before": before} if before else {})})
+        return times
 
     def check(self) -> Iterator[Check]:
         """See `Device`."""

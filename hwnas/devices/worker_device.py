@@ -59,6 +59,7 @@ class WorkerDevice(Device):
         self._file = runtime_file(runtime)
         self._kind = worker.load_class(str(self._file))
         self.accepts = self._kind.accepts
+        self.int8 = getattr(self._kind, "int8", "int8")
         self.timing = timing or Timing()
         self.address = transport.address
         self._options = {"precision": precision, **(options or {})}

@@ -21,7 +21,6 @@ _EXPORTERS = {
     "executorch": "hwnas.exporters.executorch:ExecutorchExporter",
     "ncnn": "hwnas.exporters.ncnn:NcnnExporter",
     "onnx": "hwnas.exporters.onnx:OnnxExporter",
-    "onnx-symmetric": "hwnas.exporters.onnx:SymmetricOnnxExporter",
     "tflite": "hwnas.exporters.tflite:TfliteExporter",
 }
 _POOL_SIZE = 65_537

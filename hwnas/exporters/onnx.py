@@ -160,11 +160,11 @@ class _Writer:
             case "add":
                 self._node("Add", inputs, output)
 
-    def quantised(self, value: str, range: tuple[float, float] | None = None) -> str:
-        """The value after quantisation and dequantisation, by its range or that of its name; itself in float32."""
+    def quantised(self, value: str, limits: tuple[float, float] | None = None) -> str:
+        """The value after quantisation and dequantisation, by default in the range of its name; itself in float32."""
         if self._quantisation is None:
             return value
-        low, high = range or self._range(value)
+        low, high = limits or self._range(value)
         low, high = min(low, 0.0), max(high, 0.0)  # zero, which pads, is exact
         symmetric = self._quantisation.symmetric
         scale = (max(-low, high) / 127 if symmetric else (high - low) / 255) or 1.0
@@ -233,13 +233,20 @@ class _Writer:
         return low, high
 
 
+_QUANTISATIONS = {
+    "int8": _Quantisation(symmetric=False, dense=True),
+    "int8-symmetric": _Quantisation(symmetric=True, dense=False),
+}
+
+
 class OnnxExporter(Exporter):
     """Writes ONNX files of opset 17.
 
-    int8 files suit onnxruntime on processors: every operator has integers on both sides. Other runtimes take another
-    form (`SymmetricOnnxExporter`). Three children of bignas on one thread of a Xeon with AMX, ms:
+    `int8` suits onnxruntime on processors: every operator has integers on both sides. `int8-symmetric` suits TensorRT
+    and OpenVINO: both fuse a convolution with its activation as long as nothing is between them, and TensorRT refuses
+    zero points other than 0, and integer biases. Three children of bignas on one thread of a Xeon with AMX, ms:
 
-        | runtime          | float32            | this int8          | symmetric int8     |
+        | runtime          | fp32               | int8               | int8-symmetric     |
         |------------------|--------------------|--------------------|--------------------|
         | onnxruntime 1.31 | 7.0 / 20.5 / 30.8  | 6.7 / 16.5 / 24.9  | over twice float32 |
         | OpenVINO 2026.4  | 7.2 / 19.5 / 30.1  | 10.3 / 25.0 / 37.9 | 5.3 / 12.8 / 20.4  |
@@ -247,13 +254,12 @@ class OnnxExporter(Exporter):
 
     format: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
-    _int8: ClassVar[_Quantisation] = _Quantisation(symmetric=False, dense=True)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", *_QUANTISATIONS)
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
         digest = hashlib.sha256()
-        graph = _graph(layers, tensors, self._int8 if self.precision == "int8" else None)
+        graph = _graph(layers, tensors, _QUANTISATIONS.get(self.precision))
         with replacing(path) as temporary, temporary.open("wb") as file:
             for part in _encode(*graph):
                 digest.update(part)
@@ -271,14 +277,3 @@ class OnnxExporter(Exporter):
             return np.concatenate([session.run([LOGITS], {IMAGE: image[None]})[0] for image in images])
         except Exception as error:  # onnxruntime's own exceptions have no common base
             raise ExportError(f"onnxruntime cannot run {path}: {error}") from None
-
-
-class SymmetricOnnxExporter(OnnxExporter):
-    """Writes ONNX files whose int8 suits TensorRT and OpenVINO; in float32 they are those of `OnnxExporter`.
-
-    Both fuse a convolution with its activation as long as nothing is between them. TensorRT refuses zero points other
-    than 0, and integer biases.
-    """
-
-    format: ClassVar[str] = "onnx-symmetric"
-    _int8: ClassVar[_Quantisation] = _Quantisation(symmetric=True, dense=False)

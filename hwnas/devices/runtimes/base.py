@@ -20,6 +20,8 @@ class Runtime(Protocol):
         accepts: the format of its files: an `Exporter.format`.
         precisions: of the arithmetic that it knows; files of `int8` are quantised, those of all others are fp32, and
             the runtime casts.
+        int8: the precision of the files for int8, where the format knows several (see `OnnxExporter`); else it is left
+            out.
         install: what to install on the device, for messages: a pip requirement, or hwnas[extra].
     """
 

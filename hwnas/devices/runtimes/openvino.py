@@ -22,7 +22,8 @@ class Runtime:
         device: one of `DEVICES`.
     """
 
-    accepts = "onnx-symmetric"
+    accepts = "onnx"
+    int8 = "int8-symmetric"
     precisions = ("fp32", "fp16", "bf16", "int8")
     install = "hwnas[openvino] or openvino"
 

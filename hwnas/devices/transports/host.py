@@ -24,6 +24,7 @@ class Host(Transport):
 
     def send(self, path: Path) -> str:
         """See `Transport`."""
+        self._open()  # what reads the file may need the temporary folder
         return str(path.absolute())
 
     def about(self) -> dict[str, str]:
