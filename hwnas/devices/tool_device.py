@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
 from hwnas.devices.tools.base import Tool
-from hwnas.devices.transports.base import MAX_COPIES, Finished, Transport
+from hwnas.devices.transports.base import MAX_COPIES, ConnectionLostError, Finished, Transport
 from hwnas.errors import DeviceError
 
 BUILD_TIMEOUT_S = 600.0  # TensorRT tries many kernels for each layer, a Jetson Nano takes minutes
@@ -55,7 +55,7 @@ class ToolDevice(Device):
             if done.status:
                 raise DeviceError(done.reason)
             return {**self._tool.parse_version(done.stdout + done.stderr), **self._transport.about()}
-        except DeviceGoneError:
+        except (ConnectionLostError, DeviceGoneError):
             raise
         except DeviceError as error:
             raise DeviceGoneError(f"device {self.name!r}: {self._program}: {error}; {self._tool.install}") from None

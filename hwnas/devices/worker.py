@@ -103,7 +103,7 @@ def facts(cores: list[int]) -> dict[str, Any]:
         found["load"] = round(os.getloadavg()[0], 2)
     readings = {
         "mhz": [f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in cores],
-        "celsius": [str(path) for path in Path("/sys/class/thermal").glob("thermal_zone*/temp")],
+        "celsius": [str(zone / "temp") for zone in Path("/sys/class/thermal").glob("thermal_zone*") if _real(zone)],
     }
     for name, files in readings.items():
         values = []
@@ -115,6 +115,14 @@ def facts(cores: list[int]) -> dict[str, Any]:
         if values:
             found[name] = max(values)
     return found
+
+
+def _real(zone: Path) -> bool:
+    """Whether a thermal zone has a sensor: Jetson's PMIC-Die always tells 100 C."""
+    try:
+        return "PMIC" not in (zone / "type").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return True
 
 
 class Worker:
