@@ -27,7 +27,7 @@ from hwnas.data import Dataset, batches, load_dataset
 from hwnas.evaluator import Evaluator
 from hwnas.files import write_text
 from hwnas.layers import lower, total_macs
-from hwnas.progress import Reporter
+from hwnas.progress import reporting
 from hwnas.space import Architecture, SearchSpace
 from hwnas.supernet import Supernet, corner
 from hwnas.training.recipes import TrainConfig, short
@@ -106,7 +106,7 @@ def run(job: Job, data: Dataset, folder: Path) -> dict[str, float]:
     if result.is_file():
         return json.loads(result.read_text())
     started = time.monotonic()
-    with Reporter(job.name) as report:
+    with reporting(job.name) as (report,):
         supernet = Trainer(job.space, data, job.config, here, print).run(report)
     evaluator = Evaluator(supernet, data)
     found = {

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+RUNTIMES = ("onnxruntime", "openvino", "ai-edge-litert", "executorch", "ncnn")
+
 
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
@@ -29,7 +31,7 @@ def commit() -> str:
 def heading(title: str, how: str) -> list[str]:
     """The lines above a table of results."""
     versions = []
-    for package in ("numpy", "torch", "onnxruntime", "optuna", "xgboost-cpu"):
+    for package in ("numpy", "torch", *RUNTIMES, "optuna", "xgboost-cpu"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

@@ -32,7 +32,7 @@ from torchvision.datasets import ImageFolder
 from hwnas.data import Augmentation, train_batches
 from hwnas.data.folder import open_folder
 from hwnas.data.images import LEAST_AREA
-from hwnas.progress import Reporter
+from hwnas.progress import reporting
 
 SIZE, BATCH, CLASSES = 224, 100, 10
 AUGMENTATIONS: tuple[Augmentation, ...] = ("standard", "autoaugment")
@@ -61,7 +61,7 @@ def write_photos(folder: Path, count: int) -> list[Path]:
     """So many files, in folders of classes; those that are there already stay."""
     photos = [Image.fromarray(image) for image in load_sample_images().images]
     paths = [folder / f"class{number % CLASSES}" / f"{number:06}.jpg" for number in range(count)]
-    with Reporter("photos") as report:
+    with reporting("photos") as (report,):
         for number, path in enumerate(paths):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -102,7 +102,7 @@ def images_per_s(batches: Iterator[object], skip: int, count: int) -> float:
 
 def measured(folder: Path, repeats: int, numbers: list[int], count: int) -> list[str]:
     runs: dict[tuple[Augmentation, int, str], list[float]] = {}
-    with Reporter("loading") as report:
+    with reporting("loading") as (report,):
         total = repeats * len(numbers) * len(AUGMENTATIONS) * len(PIPELINES)
         for _ in range(repeats):
             for augment in AUGMENTATIONS:

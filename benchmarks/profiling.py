@@ -22,7 +22,7 @@ from hwnas.devices import load_device
 from hwnas.measure import choose_children, measure
 from hwnas.measurement import Measurement
 from hwnas.predictors import cross_validate, make_predictor, report
-from hwnas.progress import Reporter
+from hwnas.progress import reporting
 from hwnas.space import SearchSpace
 from hwnas.store import Store
 
@@ -38,7 +38,10 @@ def profiled(space: SearchSpace, children: int, holdout: int, repeated: int) -> 
     made = []
     with load_device("cpu") as device, tempfile.TemporaryDirectory() as folder:
         for name, archs in (("fit", chosen), ("fresh", fresh), ("again", fresh[:repeated])):
-            with Store(Path(folder) / f"{name == 'again'}.db") as store, Reporter(f"{space.name} {name}") as progress:
+            with (
+                Store(Path(folder) / f"{name == 'again'}.db") as store,
+                reporting(f"{space.name} {name}") as (progress,),
+            ):
                 made.append(measure(archs, space, device, device.timing, store, report=progress))
     return tuple(made)
 

@@ -30,6 +30,8 @@ _MODULES = {
     "Supernet": "hwnas.supernet",
     "Timing": "hwnas.devices.base",
     "TrainConfig": "hwnas.training.recipes",
+    "add_device": "hwnas.api",
+    "check_device": "hwnas.api",
     "cost": "hwnas.api",
     "export": "hwnas.api",
     "fit": "hwnas.api",
@@ -38,6 +40,8 @@ _MODULES = {
     "plan": "hwnas.api",
     "predict": "hwnas.api",
     "profile": "hwnas.api",
+    "profile_all": "hwnas.api",
+    "remove_device": "hwnas.api",
     "search": "hwnas.api",
     "train": "hwnas.api",
 }
@@ -46,12 +50,16 @@ __all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from hwnas.api import Profile as Profile
+    from hwnas.api import add_device as add_device
+    from hwnas.api import check_device as check_device
     from hwnas.api import cost as cost
     from hwnas.api import export as export
     from hwnas.api import fit as fit
     from hwnas.api import plan as plan
     from hwnas.api import predict as predict
     from hwnas.api import profile as profile
+    from hwnas.api import profile_all as profile_all
+    from hwnas.api import remove_device as remove_device
     from hwnas.api import search as search
     from hwnas.api import train as train
     from hwnas.devices.base import Timing as Timing

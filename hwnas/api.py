@@ -6,18 +6,25 @@ Each works on a run folder and finds there what the one before left. Heavy packa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 
 from hwnas import __version__
 from hwnas.config import check, read_json
-from hwnas.devices import Device, device_files, load_device, load_spec
+from hwnas.devices import Device, device_files, device_name, load_device, load_spec, user_folder
+from hwnas.devices.base import Check, Timing
+from hwnas.diagnose import diagnose
 from hwnas.errors import DeviceError, InputError
 from hwnas.files import write_text
 from hwnas.layers import Layer, lower, total_macs, total_params
@@ -279,7 +286,9 @@ class Profile:
         device: its name.
         predictor: fitted to the children measured for it.
         num_children: how many those are.
-        num_failed, num_unstable: measurements that failed, and that stayed noisy.
+        num_failed, num_rejected: children whose measurement failed, and that were measured but cannot be trusted.
+        num_unstable: children among those used that were disturbed, but whose latency can be trusted.
+        write_s, run_s: seconds that a child took to write and to measure, median.
         cross_validation: errors on children left out of the fit in turn.
         holdout: errors on fresh random children measured for this only; None if there are none.
     """
@@ -288,7 +297,10 @@ class Profile:
     predictor: LatencyPredictor
     num_children: int
     num_failed: int
+    num_rejected: int
     num_unstable: int
+    write_s: float
+    run_s: float
     cross_validation: PredictionReport
     holdout: PredictionReport | None
 
@@ -305,7 +317,10 @@ class Profile:
             "choice": self.choice,
             "num_children": self.num_children,
             "num_failed": self.num_failed,
+            "num_rejected": self.num_rejected,
             "num_unstable": self.num_unstable,
+            "write_s": self.write_s,
+            "run_s": self.run_s,
             "cross_validation": asdict(self.cross_validation),
             "holdout": self.holdout and asdict(self.holdout),
         }
@@ -321,7 +336,6 @@ def profile(
     kind: str = "auto",
     seed: int = 0,
     report: Report = silent,
-    notice: Notice = _quiet,
 ) -> Profile:
     """Measure children on a device, and fit its latency predictor. What is measured already is not measured again.
 
@@ -334,11 +348,49 @@ def profile(
         kind: of predictor.
         seed: of the choice of children.
         report: told the progress.
-        notice: told what a user should know.
 
     Raises:
         InputError: unknown device, kind or space, no run, or numbers that make no sense.
         DeviceError: the device cannot be used.
+    """
+    (made,) = profile_all(
+        [device], run, children=children, holdout=holdout, space=space, kind=kind, seed=seed, reports=[report]
+    )
+    if isinstance(made, DeviceError):
+        raise made
+    return made
+
+
+def profile_all(
+    devices: Sequence[str | Path],
+    run: str | Path | None = None,
+    *,
+    children: int = 60,
+    holdout: int = 0,
+    space: str | Path | None = None,
+    kind: str = "auto",
+    seed: int = 0,
+    reports: Sequence[Report] | None = None,
+) -> list[Profile | DeviceError]:
+    """Profile several devices at the same time, one measurement at a time on each machine: see `profile`.
+
+    A device that cannot be used does not keep the others.
+
+    Args:
+        devices: their names or files.
+        run: see `profile`, as for all others.
+        children: to fit to, the same on every device.
+        holdout: to test on.
+        space: a name or file.
+        kind: of predictor.
+        seed: of the choice of children.
+        reports: one for each device, called from a thread of its own.
+
+    Returns:
+        For each device its profile, or why it could not be used.
+
+    Raises:
+        InputError: unknown device, kind or space, no run, or numbers that make no sense.
     """
     if children < 5:
         raise InputError(f"children={children}: at least 5 are needed to fit a predictor")
@@ -346,6 +398,9 @@ def profile(
         raise InputError(f"holdout={holdout}: must be at least 0")
     make_predictor(kind, SearchSpace.load("tiny"))  # refuses an unknown kind before an hour of measuring
     opened = Run(run) if space is None else Run.create(run, _profile_only(run, space))
+    targets = [_device(device, opened) for device in devices]
+    if len({target.name for target in targets}) < len(targets):
+        raise InputError(f"{', '.join(target.name for target in targets)}: a device is named twice")
     chosen = choose_children(opened.space, children, np.random.default_rng([seed, 0]))
     rng = np.random.default_rng([seed, 1])
     fresh: list[Architecture] = []
@@ -353,12 +408,37 @@ def profile(
         arch = opened.space.sample(rng)
         if arch not in fresh and arch not in chosen:
             fresh.append(arch)
-    total = len(chosen) + len(fresh)
-    with _device(device, opened) as target, opened.store() as store:
-        bench = partial(measure, space=opened.space, device=target, timing=target.timing, store=store)
-        bench(chosen, role="fit", report=lambda done, _, note="": report(done, total, note))
-        bench(fresh, role="holdout", report=lambda done, _, note="": report(len(chosen) + done, total, note))
-        return _fit(opened, target, store, kind)
+    stop = Event()
+
+    def bench(target: Device, report: Report) -> DeviceError | None:
+        def told(before: int) -> Report:
+            def tell(done: float, total: float, note: str = "") -> None:
+                report(before + done, len(chosen) + len(fresh), note)
+                if stop.is_set():
+                    raise KeyboardInterrupt
+
+            return tell
+
+        try:
+            with target, opened.store() as store:
+                measure(chosen, opened.space, target, target.timing, store, role="fit", report=told(0))
+                measure(fresh, opened.space, target, target.timing, store, role="holdout", report=told(len(chosen)))
+        except DeviceError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(targets)) as threads:
+        done = [threads.submit(bench, *pair) for pair in zip(targets, reports or [silent] * len(targets), strict=True)]
+        try:
+            errors = [future.result() for future in done]
+        except BaseException:  # Ctrl-C: every thread ends after the child that it measures
+            stop.set()
+            raise
+    with opened.store() as store:
+        return [
+            _fit(opened, target.name, target.timing, store, kind) if error is None else error
+            for target, error in zip(targets, errors, strict=True)
+        ]
 
 
 def _profile_only(run: str | Path | None, space: str | Path) -> RunConfig:
@@ -369,7 +449,7 @@ def _profile_only(run: str | Path | None, space: str | Path) -> RunConfig:
 
 
 def _device(name: str | Path, run: Run) -> Device:
-    return load_device(name, run.path / "devices")
+    return load_device(name, _own_devices(run.path))
 
 
 def fit(device: str | Path, run: str | Path | None = None, *, kind: str = "auto") -> Profile:
@@ -377,21 +457,27 @@ def fit(device: str | Path, run: str | Path | None = None, *, kind: str = "auto"
 
     Raises:
         InputError: unknown kind or device, or nothing measured on the device.
-        DeviceError: the device cannot be reached.
+        DeviceError: too little that was measured can be trusted.
     """
     opened = Run(run)
-    with _device(device, opened) as target, opened.store() as store:
-        return _fit(opened, target, store, kind)
+    target = _device(device, opened)
+    with opened.store() as store:
+        return _fit(opened, target.name, target.timing, store, kind)
 
 
-def _fit(run: Run, device: Device, store: Store, kind: str) -> Profile:
+def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Profile:
     """Finalists of searches count among the children that the predictor is fitted to; held-out ones never do."""
-    found = _known(device, store, "fit", "finalist", "export")
-    train = [m for m in found if m.arch.resolution in run.space.resolution]
-    test = _known(device, store, "holdout")
-    if not train:
-        raise InputError(
-            f"nothing measured on {device.name!r} in {run.path}: run `hwnas profile --device {device.name}`"
+    last = _last(device, timing, store)
+    if not last:
+        raise InputError(f"nothing measured on {device!r} in {run.path}: run `hwnas profile --device {device}`")
+    used = [m for m in last if m.trusted]
+    train = [m for m in used if m.role != "holdout" and m.arch.resolution in run.space.resolution]
+    test = [m for m in used if m.role == "holdout"]
+    rejected = [m for m in last if m.rejection is not None]
+    if len(train) < 5 and rejected:
+        raise DeviceError(
+            f"device {device!r}: {len(rejected)} of {len(last)} children cannot be trusted, the last: "
+            f"{rejected[-1].rejection}: end what else runs there, or cool it, and profile again"
         )
     archs, latency_ms = [m.arch for m in train], [m.latency_ms for m in train]
     predictor = make_predictor(kind, run.space).fit(archs, latency_ms)
@@ -402,28 +488,33 @@ def _fit(run: Run, device: Device, store: Store, kind: str) -> Profile:
     if test:
         mean, std = predictor.predict([m.arch for m in test])
         tested = prediction_report([m.latency_ms for m in test], mean, std)
-    predictor.save(run.predictor_path(device.name))
+    predictor.save(run.predictor_path(device))
     return Profile(
-        device=device.name,
+        device=device,
         predictor=predictor,
         num_children=len(train),
-        num_failed=len(_known(device, store, failed=True)),
+        num_failed=sum(m.error is not None for m in last),
+        num_rejected=len(rejected),
         num_unstable=sum(m.unstable for m in [*train, *test]),
+        write_s=float(np.median([m.write_s for m in used])),
+        run_s=float(np.median([m.run_s for m in used])),
         cross_validation=validated,
         holdout=tested,
     )
 
 
-def _known(device: Device, store: Store, *roles: Role, failed: bool = False) -> list[Measurement]:
-    """The last measurement of each child in some roles, all by the same protocol: the last one used on the device.
+def _last(device: str, timing: Timing, store: Store, role: Role | None = None) -> list[Measurement]:
+    """The last measurement of each child on a device, all by the same protocol: the last one used there.
 
-    With `failed`, the children that have no times, in place of those that have.
+    One that can be trusted goes before a later one that cannot.
     """
-    found = store.measurements(device=device.name, timing=device.timing)
-    found = [m for m in found if m.protocol == found[-1].protocol]
-    good = {m.arch: m for m in found if m.error is None and (failed or m.role in roles)}
-    bad = {m.arch: m for m in found if m.error is not None and m.arch not in good}
-    return list((bad if failed else good).values())
+    found = store.measurements(device=device, timing=timing, role=role)
+    last: dict[Architecture, Measurement] = {}
+    for measurement in found:
+        before = last.get(measurement.arch)
+        if measurement.protocol == found[-1].protocol and (measurement.trusted or before is None or not before.trusted):
+            last[measurement.arch] = measurement
+    return list(last.values())
 
 
 def predict(
@@ -443,7 +534,7 @@ def predict(
         InputError: no predictor for the device yet, or an architecture outside the space.
     """
     opened = Run(run)
-    predictor = opened.predictor(device)
+    predictor = opened.predictor(device_name(device))
     children = [opened.space.check(read_architecture(arch, opened.space)) for arch in archs]
     mean, std = predictor.predict(children)
     return [
@@ -493,7 +584,7 @@ def search(
     from hwnas.strategies import Scored
 
     opened = Run(run)
-    predictor = opened.predictor(device)
+    predictor = opened.predictor(device_name(device))
     with opened.store() as store, _device(device, opened) as target:
         evaluator = _evaluator(opened, notice, data)
         bench = partial(measure, space=opened.space, device=target, timing=target.timing, store=store)
@@ -505,7 +596,7 @@ def search(
             confidence=confidence,
             evaluate=lambda archs: evaluator.accuracies(archs, store),
             measure=partial(bench, role="finalist"),
-            measurements=_known(target, store, "fit"),
+            measurements=[m for m in _last(target.name, target.timing, store, "fit") if m.trusted],
             storage_url=opened.storage_url,
             known=lambda: [
                 Scored(arch, accuracy)
@@ -664,6 +755,7 @@ def _measure_file(run: Run, arch: Architecture, device: Device, store: Store, fi
         "timing": asdict(measured.timing),
         "measured_ms": measured.latency_ms,
         "relative_iqr": measured.relative_iqr,
+        "rejection": measured.rejection,
         "predicted_ms": None,
         "std_ms": None,
     }
@@ -752,12 +844,15 @@ def read_architecture(arch: str | Path | Architecture, space: SearchSpace) -> Ar
 
 
 def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
-    """The devices that can be named, and whether the run has a predictor for them."""
+    """The devices that can be named, and whether the run has a predictor for them.
+
+    Raises:
+        InputError: a mistake in a device's file.
+    """
     found = Run.find(run)
-    folder = None if found is None else found.path / "devices"
     listed = []
-    for name in device_files(folder):
-        _, spec = load_spec(name, folder)
+    for name, path in device_files(_own_devices(run)).items():
+        _, spec = load_spec(path, _own_devices(run))
         listed.append(
             {
                 "name": name,
@@ -766,7 +861,103 @@ def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
                 "runtime": spec.runs,
                 "accepts": spec.accepts,
                 "precision": spec.precision,
+                "file": str(path),
                 "predictor": found is not None and found.predictor_path(name).is_file(),
             }
         )
     return listed
+
+
+def show_device(device: str | Path, run: str | Path | None = None) -> dict[str, Any]:
+    """All that a device's file says, with what it takes over from others, as plain values.
+
+    Raises:
+        InputError: unknown device, or a mistake in its file.
+    """
+    name, spec = load_spec(device, _own_devices(run))
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(spec), default=str))
+    return {"name": name, **plain}
+
+
+def add_device(name: str, base: str, changes: dict[str, Any] | None = None, *, overwrite: bool = False) -> Path:
+    """Describe a device of your own: another one with some keys changed. It is known to all runs from now on.
+
+    Args:
+        name: what you call it.
+        base: the device whose keys it takes over.
+        changes: keys of `DeviceSpec`, such as `{"host": "me@10.0.0.7"}`; `timing.repeats` for those below others.
+        overwrite: whether a device of this name that you added before is replaced.
+
+    Returns:
+        The file, in `hwnas.devices.user_folder()`.
+
+    Raises:
+        InputError: a bad name, an unknown base or key, a device of this name that is there already.
+    """
+    path = _device_path(name)
+    if path.exists() and not overwrite:
+        raise InputError(
+            f"{path}: is there already: remove it with `hwnas devices remove {name}`, or take another name"
+        )
+    content: dict[str, Any] = {"base": base}
+    for key, value in (changes or {}).items():
+        part, _, leaf = key.partition(".")
+        if leaf:
+            content.setdefault(part, {})[leaf] = value
+        else:
+            content[key] = value
+    with TemporaryDirectory() as folder:  # a mistake is found before anything is replaced
+        trial = Path(folder) / path.name
+        write_text(trial, text := yaml.safe_dump(content, sort_keys=False))
+        try:
+            load_spec(trial)
+        except InputError as error:
+            raise InputError(str(error).replace(str(trial), name)) from None
+    write_text(path, text)
+    return path
+
+
+def remove_device(name: str) -> Path:
+    """Forget a device that you added.
+
+    Returns:
+        The file that was there.
+
+    Raises:
+        InputError: you added none of this name.
+    """
+    path = _device_path(name)
+    if not path.exists():
+        raise InputError(f"device {name!r}: not one that you added: there is no {path}")
+    path.unlink()
+    return path
+
+
+def check_device(device: str | Path, run: str | Path | None = None, *, duration_s: float = 5.0) -> Iterator[Check]:
+    """Look whether a device can be measured on, step by step; measures the reference child of the run's space.
+
+    Args:
+        device: a name or file.
+        run: the run folder; without one, the space `tiny` is used.
+        duration_s: of the measurement.
+
+    Yields:
+        One `Check` a step; those after one that failed for good are left out.
+
+    Raises:
+        InputError: unknown device, or a mistake in its file.
+    """
+    found = Run.find(run)
+    space = SearchSpace.load("tiny") if found is None else found.space
+    with load_device(device, _own_devices(run)) as target:
+        yield from diagnose(target, space, duration_s)
+
+
+def _own_devices(run: str | Path | None) -> Path:
+    return Run.locate(run) / "devices"
+
+
+def _device_path(name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
+        raise InputError(f"device {name!r}: a name has letters, digits, dots, dashes and underscores only")
+    return user_folder() / f"{name}.yaml"

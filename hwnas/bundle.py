@@ -20,7 +20,7 @@ from torch import Tensor
 from hwnas import __version__
 from hwnas.errors import ExportError, InputError
 from hwnas.exporters.base import Artifact, Exporter
-from hwnas.files import write_text
+from hwnas.files import parts, write_text
 from hwnas.layers import total_macs, total_params
 from hwnas.network import Network
 
@@ -100,7 +100,8 @@ def write_bundle(
                 f"{parity.max_abs_diff:.3g} (allowed {parity.max_allowed:g}), the top class agrees on "
                 f"{parity.top1_agreement:.1%} of {parity.num_images} images; nothing was written"
             )
-        write_text(work / MANIFEST, json.dumps(_manifest(child, artifact, parity, about(artifact)), indent=2) + "\n")
+        manifest = _manifest(child, exporter, artifact, parity, about(artifact))
+        write_text(work / MANIFEST, json.dumps(manifest, indent=2) + "\n")
         work.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -112,8 +113,11 @@ def write_bundle(
     return target, parity
 
 
-def _manifest(child: Network, artifact: Artifact, parity: Parity, about: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(
+    child: Network, exporter: Exporter, artifact: Artifact, parity: Parity, about: Mapping[str, Any]
+) -> dict[str, Any]:
     first = child.layers[0]
+    shape = {"N": 1, "C": first.in_channels, "H": first.in_size, "W": first.in_size}
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -121,13 +125,14 @@ def _manifest(child: Network, artifact: Artifact, parity: Parity, about: Mapping
             "name": artifact.path.name,
             "format": artifact.format,
             "precision": artifact.precision,
-            "size_bytes": artifact.path.stat().st_size,
+            "size_bytes": sum(part.stat().st_size for part in parts(artifact.path)),
             "sha256": artifact.sha256,
+            "parts": [part.name for part in parts(artifact.path)],
         },
         "input": {
             "name": "image",
-            "shape": [1, first.in_channels, first.in_size, first.in_size],
-            "layout": "NCHW",
+            "shape": [shape[axis] for axis in exporter.layout],
+            "layout": exporter.layout,
             "dtype": "float32",
         },
         "output": {"name": "logits", "shape": [1, child.layers[-1].out_channels], "dtype": "float32"},
@@ -142,7 +147,7 @@ def _manifest(child: Network, artifact: Artifact, parity: Parity, about: Mapping
 def versions() -> dict[str, str]:
     """What made a bundle."""
     found = {"hwnas": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "onnx", "onnxruntime"):
+    for package in ("torch", "numpy", "onnx", "onnxruntime", "ai-edge-litert", "executorch", "ncnn"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

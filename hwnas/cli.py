@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hwnas.errors import HwnasError, InputError
+from hwnas.errors import DeviceError, HwnasError, InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,13 +38,13 @@ def cli() -> None:
     """One training run, the right network for every device."""
 
 
-def command(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], click.Command]:
+def command(*options: Callable[..., Any], group: click.Group = cli) -> Callable[[Callable[..., Any]], click.Command]:
     """A command with some options."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         for option in reversed(options):
             function = option(function)
-        return cli.command()(function)
+        return group.command()(function)
 
     return decorate
 
@@ -133,7 +133,7 @@ def train(
     from hwnas import api
     from hwnas.config import read_json
     from hwnas.machine import torchrun_ranks
-    from hwnas.progress import Reporter
+    from hwnas.progress import reporting
 
     first = torchrun_ranks()[0] == 0  # of torchrun's processes, the one that talks
     changes = parse_changes(pairs, config)
@@ -142,7 +142,7 @@ def train(
         if first:
             _show_plan(resolved, plan, as_json)
         return
-    with Reporter("train", quiet=not first) as report:
+    with reporting("train", quiet=not first) as (report,):
         trained = api.train(run, data=data, space=space, recipe=recipe, changes=changes, report=report, notice=notice)
     if not first:
         return
@@ -187,10 +187,10 @@ def _show_plan(config: RunConfig, plan: Plan, as_json: bool) -> None:
 def data(run: str | None, data: str, check: bool, as_json: bool) -> None:
     """Show a data set: parts, classes, preprocessing; perhaps its damaged images."""
     from hwnas import api
-    from hwnas.progress import Reporter
+    from hwnas.progress import reporting
     from hwnas.run import Run
 
-    with Reporter("check", quiet=not check) as report:
+    with reporting("check", quiet=not check) as (report,):
         found = api.inspect_data(data, Run.locate(run) / "cache", check=check, report=report, notice=notice)
     rows = [[name, part["images"], part["rarest_class"]] for name, part in found["splits"].items()]
     classes = found["classes"]
@@ -210,17 +210,18 @@ def data(run: str | None, data: str, check: bool, as_json: bool) -> None:
 
 @command(
     RUN,
-    DEVICE,
+    click.option("--device", "devices", metavar="NAME", multiple=True, required=True,
+                 help="A device's name or file: see `hwnas devices`. May repeat: all at the same time."),
     click.option("--children", default=60, show_default=True, help="Children to fit the predictor to."),
     click.option("--holdout", default=0, show_default=True, help="Fresh random children to test it on."),
     click.option("--space", metavar="NAME|FILE", help="To profile before training, in a new run folder."),
     click.option("--kind", default="auto", show_default=True, help="Kind of predictor."),
     SEED,
     JSON,
-)
+)  # fmt: skip
 def profile(
     run: str | None,
-    device: str,
+    devices: tuple[str, ...],
     children: int,
     holdout: int,
     space: str | None,
@@ -228,23 +229,22 @@ def profile(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Measure children on a device, and fit its latency predictor."""
+    """Measure children on devices, and fit their latency predictors."""
     from hwnas import api
-    from hwnas.progress import Reporter
+    from hwnas.progress import reporting
 
-    with Reporter(f"profile {device}") as report:
-        made = api.profile(
-            device,
-            run,
-            children=children,
-            holdout=holdout,
-            space=space,
-            kind=kind,
-            seed=seed,
-            report=report,
-            notice=notice,
+    with reporting(*(f"profile {device}" for device in devices)) as reports:
+        made = api.profile_all(
+            devices, run, children=children, holdout=holdout, space=space, kind=kind, seed=seed, reports=reports
         )
-    _show_profile(made, run, as_json)
+    profiles = [one for one in made if not isinstance(one, DeviceError)]
+    errors = [one for one in made if isinstance(one, DeviceError)]
+    if profiles:
+        _show_profiles(profiles, run, as_json, devices[made.index(profiles[0])])
+    for error in errors[:-1]:
+        notice(f"hwnas: {error}")
+    if errors:
+        raise errors[-1]
 
 
 @command(RUN, DEVICE, click.option("--kind", default="auto", show_default=True, help="Kind of predictor."), JSON)
@@ -252,26 +252,36 @@ def fit(run: str | None, device: str, kind: str, as_json: bool) -> None:
     """Fit a device's predictor anew to what was measured."""
     from hwnas import api
 
-    _show_profile(api.fit(device, run, kind=kind), run, as_json)
+    _show_profiles([api.fit(device, run, kind=kind)], run, as_json, device)
 
 
-def _show_profile(made: Profile, run: str | None, as_json: bool) -> None:
+def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, device: str) -> None:
     from hwnas.run import Run
 
-    rows = [
-        [name, r.num, f"{r.spearman:.3f}", f"{r.mape_pct:.1f}%", f"{r.within_5_pct:.0f}%", f"{r.within_10_pct:.0f}%",
-         f"{r.coverage_90:.0f}%"]
-        for name, r in (("cross-validation", made.cross_validation), ("held out", made.holdout))
-        if r is not None
-    ]  # fmt: skip
     columns = ["tested on", "children", "Spearman", "mean error", "within 5%", "within 10%", "in 90% interval"]
-    counts = f"{made.num_children} children fitted, {made.num_failed} failed, {made.num_unstable} stayed noisy"
+    shown: list[Table | str] = []
+    for made in profiles:
+        rows = [
+            [name, r.num, f"{r.spearman:.3f}", f"{r.mape_pct:.1f}%", f"{r.within_5_pct:.0f}%",
+             f"{r.within_10_pct:.0f}%", f"{r.coverage_90:.0f}%"]
+            for name, r in (("cross-validation", made.cross_validation), ("held out", made.holdout))
+            if r is not None
+        ]  # fmt: skip
+        counts = (
+            f"{made.num_children} children fitted, {made.num_failed} failed, {made.num_rejected} rejected, "
+            f"{made.num_unstable} of those used were disturbed"
+        )
+        shown += [
+            table(f"latency predictor of {made.device} ({made.predictor.kind})", columns, rows),
+            counts + (f"; {made.choice}" if made.choice else ""),
+            f"a child: {made.write_s:.2g} s to write, {made.run_s:.2g} s to measure",
+        ]
+    document = profiles[0].to_dict() if len(profiles) == 1 else {"profiles": [made.to_dict() for made in profiles]}
     finish(
         as_json,
-        made.to_dict(),
-        table(f"latency predictor of {made.device} ({made.predictor.kind})", columns, rows),
-        counts + (f"; {made.choice}" if made.choice else ""),
-        next_line("search", Run.locate(run), "--device", made.device, "--latency-ms", "..."),
+        document,
+        *shown,
+        next_line("search", Run.locate(run), "--device", device, "--latency-ms", "..."),
     )
 
 
@@ -297,10 +307,10 @@ def search(
 ) -> None:
     """Find the most accurate child under a latency limit."""
     from hwnas import api
-    from hwnas.progress import Reporter
+    from hwnas.progress import reporting
     from hwnas.run import Run
 
-    with Reporter(f"search {device}") as report:
+    with reporting(f"search {device}") as (report,):
         result = api.search(
             device,
             latency_ms,
@@ -404,15 +414,110 @@ def cost(run: str | None, space: str | None, arch: str, as_json: bool) -> None:
     finish(as_json, document, table(document["architecture_text"], columns, rows), total + outside)
 
 
-@command(RUN, JSON)
-def devices(run: str | None, as_json: bool) -> None:
-    """List the devices that can be named."""
+@cli.group(invoke_without_command=True)
+@RUN
+@JSON
+@click.pass_context
+def devices(context: click.Context, run: str | None, as_json: bool) -> None:
+    """List the devices that can be named; show, add, remove or check one."""
+    if context.invoked_subcommand is not None:
+        return
     from hwnas import api
 
     found = api.devices(run)
-    columns = ["device", "runtime", "files", "precision", "predictor in this run"]
-    rows = [[d["name"], d["runtime"], d["accepts"], d["precision"], "yes" if d["predictor"] else "no"] for d in found]
+    columns = ["device", "", "reached by", "runtime", "files", "precision", "predictor in this run"]
+    rows = [
+        [d["name"], d["description"], d["transport"], d["runtime"], d["accepts"], d["precision"],
+         "yes" if d["predictor"] else "no"]
+        for d in found
+    ]  # fmt: skip
     finish(as_json, {"devices": found}, table("devices", columns, rows))
+
+
+NAME = click.argument("name")
+
+
+@command(RUN, NAME, JSON, group=devices)
+def show(run: str | None, name: str, as_json: bool) -> None:
+    """Show all that a device's file says."""
+    import yaml
+
+    from hwnas import api
+
+    document = api.show_device(name, run)
+    told = {key: value for key, value in document.items() if value not in (None, [], {}, "")}
+    install = told.pop("install", None)
+    lines = [yaml.safe_dump(told, sort_keys=False, width=110).rstrip()]
+    finish(as_json, document, *lines, *([f"\nto install there:\n{install.rstrip()}"] if install else []))
+
+
+@command(
+    NAME,
+    click.option("--base", required=True, metavar="DEVICE", help="The device whose settings it takes over."),
+    click.option("--host", metavar="[USER@]HOST", help="Of ssh: the address, or a host of ~/.ssh/config."),
+    click.option("--port", type=int, help="Of ssh."),
+    click.option("--serial", help="Of adb: the phone, as `adb devices` prints it."),
+    click.option("-o", "pairs", multiple=True, metavar="KEY=VALUE", help="Any key of the file: -o timing.threads=2."),
+    click.option("--overwrite", is_flag=True, help="Replace a device of this name that you added before."),
+    JSON,
+    group=devices,
+)
+def add(
+    name: str,
+    base: str,
+    host: str | None,
+    port: int | None,
+    serial: str | None,
+    pairs: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Describe a device of your own, for all runs."""
+    from hwnas import api
+
+    given = {"host": host, "port": port, "serial": serial}
+    changes = {key: value for key, value in given.items() if value is not None} | parse_changes(pairs, None)
+    path = api.add_device(name, base, changes, overwrite=overwrite)
+    finish(as_json, {"device": name, "file": str(path)}, f"added: {path}", f"next: hwnas devices check {name}")
+
+
+@command(NAME, JSON, group=devices)
+def remove(name: str, as_json: bool) -> None:
+    """Forget a device that you added."""
+    from hwnas import api
+
+    path = api.remove_device(name)
+    finish(as_json, {"device": name, "file": str(path)}, f"removed: {path}")
+
+
+@command(
+    RUN,
+    NAME,
+    click.option("--seconds", default=5.0, show_default=True, help="How long to measure."),
+    JSON,
+    group=devices,
+)
+def check(run: str | None, name: str, seconds: float, as_json: bool) -> None:
+    """Check a device step by step: reached, room, runtime, state, a short measurement."""
+    from hwnas import api
+    from hwnas.run import Run
+
+    done = []
+    for step in api.check_device(name, run, duration_s=seconds):
+        done.append(step)
+        if not as_json:
+            mark = "pass" if step.passed else "FAIL"
+            finish(False, {}, f"{mark}  {step.step}: {step.found}")
+            if step.remedy is not None and step.remedy != step.found:
+                finish(False, {}, f"      {step.remedy}")
+    failed = [step for step in done if not step.passed]
+    steps = [{"step": s.step, "passed": s.passed, "found": s.found, "remedy": s.remedy} for s in done]
+    if as_json:
+        finish(True, {"device": name, "passed": not failed, "steps": steps})
+    if failed:
+        raise DeviceError(f"device {name!r}: {failed[0].step}: {failed[0].found}")
+    if not as_json:
+        finish(False, {}, next_line("profile", Run.locate(run), "--device", name))
 
 
 def next_line(verb: str, run: object, *words: str) -> str:

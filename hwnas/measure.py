@@ -16,7 +16,7 @@ from hwnas.errors import DeviceError, ExportError
 from hwnas.exporters.base import exporter, random_tensors
 from hwnas.files import parts
 from hwnas.layers import LayerSums, lower
-from hwnas.measurement import Measurement, Role, protocol_key, steady_rounds, usual_ms
+from hwnas.measurement import Measurement, Role, protocol_key, steady_rounds, throttled, usual_ms
 from hwnas.progress import Report, silent
 from hwnas.space import Architecture, Genes, SearchSpace
 from hwnas.store import Store
@@ -40,8 +40,11 @@ def measure(
     """Measure children on a device, and record each as soon as it is measured.
 
     A child's network is written with random weights and timed in turns with a reference network of the space, as
-    `Timing` says. What cannot be measured is recorded with the reason. A child that has a measurement by the same
-    protocol in the store, in whatever role, is not measured again; one that failed, or has a file of its own, is.
+    `Timing` says. What cannot be measured is recorded with the reason. Children that failed or were rejected are
+    measured once more at the end. A child that has a measurement by the same protocol in the store, in whatever role,
+    is not measured again; one that failed, was rejected, or has a file of its own, is.
+
+    On one machine (`Device.address`) one child is measured at a time, also by several threads and processes.
 
     Args:
         archs: the children.
@@ -56,7 +59,7 @@ def measure(
         report: told the number of children done, and the last one's latency.
 
     Returns:
-        A measurement of each child, in the order of `archs`, with or without times.
+        The last measurement of each child, in the order of `archs`: see `Measurement.trusted`.
 
     Raises:
         DeviceError: the device cannot be used, or three children in a row failed. What was measured is in the store.
@@ -66,8 +69,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="hwnas-", dir=folder) as work:
         bench = _Bench(space, device, timing, store, Path(work), rng or np.random.default_rng(0))
         files = files or {}
-        known = {arch: found for arch, found in bench.known().items() if arch not in files}
+        known = {arch for arch in bench.known() if arch not in files}
         failures = 0
+        once_more = []
         for done, arch in enumerate(wanted, 1):
             if arch not in known:
                 measurement = bench.measure(arch, role, files.get(arch))
@@ -75,10 +79,19 @@ def measure(
                 failures = failures + 1 if measurement.error else 0
                 if failures == MAX_FAILURES:
                     raise DeviceError(f"{failures} children in a row failed, the last with: {measurement.error}")
-                note = measurement.error or f"{measurement.latency_ms:.3g} ms"
-                report(done, len(wanted), note)
-        measured = bench.known(failed=True)
+                if not measurement.trusted:
+                    once_more.append(arch)
+                report(done, len(wanted), _note(measurement))
+        for arch in once_more:
+            measurement = bench.measure(arch, role, files.get(arch))
+            store.add_measurement(measurement)
+            report(len(wanted), len(wanted), f"once more: {_note(measurement)}")
+        measured = bench.known(distrusted=True)
     return [measured[arch] for arch in archs]
+
+
+def _note(measurement: Measurement) -> str:
+    return measurement.error or measurement.rejection or f"{measurement.latency_ms:.3g} ms"
 
 
 class _Bench:
@@ -102,7 +115,7 @@ class _Bench:
         self._reference_path = self._write(reference)
         self._reference_ms: list[float] = []  # of all rounds by this protocol
 
-    def known(self, failed: bool = False) -> dict[Architecture, Measurement]:
+    def known(self, distrusted: bool = False) -> dict[Architecture, Measurement]:
         """The last measurement by this protocol of each child that has one."""
         device = self._device
         protocol = protocol_key(
@@ -110,7 +123,7 @@ class _Bench:
         )
         found = self._store.measurements(protocol=protocol)
         self._reference_ms = [ms for measurement in found for ms in measurement.reference_ms]
-        return {measurement.arch: measurement for measurement in found if failed or measurement.error is None}
+        return {measurement.arch: measurement for measurement in found if distrusted or measurement.trusted}
 
     def measure(self, arch: Architecture, role: Role, file: Path | None = None) -> Measurement:
         """One child, measured or failed; its own `file`, or one with random weights.
@@ -165,10 +178,11 @@ class _Bench:
         while len(rounds) < timing.max_rounds:
             rounds.append(self._device.run(path, timing))
             reference_ms.append(self._device.run(self._reference_path, timing).latency_ms)
-            if len(rounds) >= timing.rounds:
-                steady = steady_rounds(rounds, reference_ms, self._usual(reference_ms), timing)
-                if steady.sum() >= timing.rounds:
-                    break
+            usual = self._usual(reference_ms)
+            if steady_rounds(rounds, reference_ms, usual, timing).sum() >= timing.rounds:
+                break
+            if abs(reference_ms[-1] / usual - 1) > timing.max_drift or throttled(rounds)[-1]:
+                time.sleep(timing.pause_s)
         return rounds, reference_ms
 
     def _usual(self, further: list[float]) -> float:

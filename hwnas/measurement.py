@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -88,6 +89,48 @@ class Measurement:
         """Whether too few rounds were steady: a latency to be trusted less."""
         return self.error is None and int(self.steady.sum()) < self.timing.rounds
 
+    @property
+    def relative_error(self) -> float:
+        """Standard error of `latency_ms` over itself, from how far the rounds that count lie apart.
+
+        That of the median of normal values, sqrt(pi / 2) times that of their mean, with the standard deviation taken
+        from their inter-quartile range (over 1.349): one stray round does not count.
+
+        Raises:
+            ValueError: the measurement failed.
+        """
+        estimates = [times.latency_ms * factor for times, factor in self._counted]
+        low, middle, high = np.quantile(estimates, (0.25, 0.5, 0.75))
+        return float(math.sqrt(math.pi / 2 / len(estimates)) * (high - low) / 1.349 / middle)
+
+    @property
+    def rejection(self) -> str | None:
+        """Why the latency is not to be trusted; None if it is, and after an error.
+
+        The device was disturbed or throttled for most of the time, and the rounds do not agree even relative to the
+        reference.
+        """
+        if not self.unstable or self.relative_error <= self.timing.max_error:
+            return None
+        causes = []
+        if self.usual_reference_ms is not None:
+            slowest = max(self.reference_ms) / self.usual_reference_ms
+            causes.append(f"the reference took up to {slowest:.1f} times as long as usual")
+        if throttled(self.rounds).any():
+            causes.append("the device throttled itself")
+        celsius = [times.facts["celsius"] for times in self.rounds if "celsius" in times.facts]
+        if celsius:
+            causes.append(f"up to {max(celsius):.0f} degrees Celsius")
+        return (
+            f"disturbed: {int(self.steady.sum())} of {len(self.rounds)} rounds were steady, and all of them agree to "
+            f"{self.relative_error:.1%}, not {self.timing.max_error:.1%}" + "".join(f"; {cause}" for cause in causes)
+        )
+
+    @property
+    def trusted(self) -> bool:
+        """Whether there is a latency, and it was not rejected."""
+        return self.error is None and self.rejection is None
+
     @cached_property
     def _counted(self) -> list[tuple[RunTimes, float]]:
         """The rounds that count, each with the factor that brings it to the reference's undisturbed speed."""
@@ -135,13 +178,27 @@ def steady_rounds(
 ) -> NDArray[np.bool_]:
     """Which rounds no other work disturbed, (num_rounds,).
 
-    The reference was near its usual latency before and after them, and their own times do not spread wide.
+    The reference was near its usual latency before and after them, their own times do not spread wide, and the device
+    did not throttle itself.
     """
     narrow = np.asarray([times.relative_iqr <= timing.max_relative_iqr for times in rounds], dtype=bool)
+    narrow &= ~throttled(rounds)
     if usual_reference_ms is None:
         return narrow
     near = np.abs(np.asarray(reference_ms) / usual_reference_ms - 1) <= timing.max_drift
     return np.asarray(near[:-1] & near[1:] & narrow)
+
+
+def throttled(rounds: Sequence[RunTimes]) -> NDArray[np.bool_]:
+    """In which rounds the device slowed itself down, as far as it tells, (num_rounds,).
+
+    Its clock was more than a tenth below the highest in these rounds, or Android spoke of moderate throttling or more
+    (https://developer.android.com/reference/android/os/PowerManager#THERMAL_STATUS_MODERATE).
+    """
+    mhz = np.asarray([times.facts.get("mhz", np.nan) for times in rounds], dtype=float)
+    status = np.asarray([times.facts.get("thermal_status", 0) for times in rounds])
+    highest = np.nanmax(mhz) if np.isfinite(mhz).any() else np.inf
+    return np.asarray((mhz < 0.9 * highest) & np.isfinite(mhz) | (status >= 2))
 
 
 def protocol_key(

@@ -154,7 +154,7 @@ class Searcher:
         self.space, self.predictor = space, predictor
         self.evaluate, self.measure, self.known = evaluate, measure, known
         self.storage_url, self.seed, self.notice = storage_url, seed, notice
-        self._measured = {m.arch: m for m in measurements if m.error is None}
+        self._measured = {m.arch: m for m in measurements if m.trusted}
         # Exploring goes by predictions alone: a measured latency changes a little with every further measurement,
         # and the same search must propose the same children when it goes on after an interruption.
         self.limit = LatencyLimit(device, limit_ms, predictor, {}, confidence)
@@ -294,10 +294,11 @@ class Searcher:
 
     def _measure(self, archs: Sequence[Architecture]) -> None:
         for measurement in self.measure(archs):
-            if measurement.error is None:
+            if measurement.trusted:
                 self._measured[measurement.arch] = measurement
             else:
-                self.notice(f"{measurement.arch.describe()}: not measured: {measurement.error}")
+                why = measurement.error or measurement.rejection
+                self.notice(f"{measurement.arch.describe()}: not measured: {why}")
         known = list(self._measured)
         self.predictor.fit(known, [self._measured[arch].latency_ms for arch in known])
         self.limit = replace(self.limit, measured=self._latencies())

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hwnas.devices import device_files, load_device, worker
+from hwnas.devices import load_device, worker
 from hwnas.devices.base import DeviceGoneError, RunTimes, Timing
 from hwnas.devices.runtimes.onnxruntime import Runtime as OnnxRuntime
 from hwnas.devices.spec import _modules
 from hwnas.devices.transports.host import Host
 from hwnas.devices.worker_device import WorkerDevice
-from hwnas.errors import DeviceError, InputError
+from hwnas.errors import DeviceError
 from hwnas.measurement import Measurement, steady_rounds, usual_ms
 from hwnas.testing import QUICK, DeviceContract, FakeDevice, tiny_space
 
@@ -312,50 +312,3 @@ def test_protocol_tells_conditions_apart():
     keys = {replace(made, **change).protocol for change in changes}
     assert len(keys | {made.protocol}) == len(changes) + 1
     assert replace(made, role="holdout", arch=tiny_space().largest()).protocol == made.protocol
-
-
-# -------------------------------------------------------------------- device files
-
-
-def test_device_files(tmp_path):
-    assert "cpu" in device_files()
-    (tmp_path / "board.yaml").write_text("transport: host\nruntime: onnxruntime\ntiming: {threads: 2, rounds: 3}\n")
-    assert {"board", "cpu"} <= set(device_files(tmp_path))
-    board = load_device("board", tmp_path)
-    assert (board.name, board.timing) == ("board", Timing(threads=2, rounds=3))
-    assert load_device(tmp_path / "board.yaml").name == "board"
-    assert load_device("cpu", tmp_path / "missing").name == "cpu"
-
-
-def test_cores_of_a_device_file(tmp_path, network):
-    core = max(os.sched_getaffinity(0))
-    (tmp_path / "pinned.yaml").write_text(f"transport: host\nruntime: onnxruntime\ncores: [{core}]\n")
-    with load_device("pinned", tmp_path) as device:
-        assert device.run(network, QUICK).facts["cores"] == [core]
-
-
-def test_unknown_device(tmp_path):
-    with pytest.raises(InputError, match=r"unknown device 'cpus': not one of .*; did you mean '.*'\?"):
-        load_device("cpus")
-    with pytest.raises(InputError, match=r"unknown device 'phone': not one of .*; add yours with `hwnas devices add`"):
-        load_device("phone")
-    with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
-        load_device(tmp_path / "none.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("transport: host\nruntime: onnx\n", r"runtime 'onnx' is not one of .*onnxruntime"),
-        ("transport: host\n", r"a device has either a runtime, which Python drives, or a tool"),
-        ("transport: host\nruntime: onnxruntime\nthreads: 2\n", r":3: threads: is not a known key"),
-        (
-            "transport: host\nruntime: onnxruntime\ntiming:\n  rounds: 0\n",
-            r":3: timing: rounds=0: must be at least 1",
-        ),
-    ],
-)
-def test_mistakes_in_a_device_file(text, message, tmp_path):
-    (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(InputError, match=f"bad.yaml.*{message}"):
-        load_device("bad", tmp_path)

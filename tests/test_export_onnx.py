@@ -181,8 +181,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_unknown_format():
-    assert formats() == ("onnx",)
-    with pytest.raises(InputError, match="format 'tflight' is not one of onnx"):
+    assert formats() == ("executorch", "ncnn", "onnx", "tflite")
+    with pytest.raises(InputError, match="format 'tflight' is not one of executorch, ncnn, onnx, tflite"):
         exporter("tflight")
 
 

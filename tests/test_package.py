@@ -40,6 +40,7 @@ STANDS_ON = {
     "measurement": ["devices"],
     "store": ["measurement"],
     "measure": ["exporters", "store", "progress"],
+    "diagnose": ["measure"],
     "predictors": ["layers", "files"],
     # searching
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
@@ -50,7 +51,7 @@ STANDS_ON = {
     "bundle": ["exporters", "network"],
     "run": ["predictors", "store", "training"],
     "testing": ["measure"],
-    "api": ["run", "searcher", "measure", "bundle"],
+    "api": ["run", "searcher", "measure", "diagnose", "bundle"],
     "cli": ["api"],
     "__main__": ["cli"],
 }

@@ -13,7 +13,7 @@ from hwnas.devices.base import Device
 from hwnas.devices.spec import DeviceSpec
 from hwnas.errors import InputError
 
-__all__ = ["Device", "DeviceSpec", "device_files", "load_device", "load_spec", "user_folder"]
+__all__ = ["Device", "DeviceSpec", "device_files", "device_name", "load_device", "load_spec", "user_folder"]
 
 
 def user_folder() -> Path:
@@ -34,6 +34,12 @@ def device_files(run_devices: Path | None = None) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def device_name(name_or_path: str | Path) -> str:
+    """The name of a device, given so or by its YAML file, which names it."""
+    path = Path(name_or_path)
+    return path.stem if path.suffix in (".yaml", ".yml") else str(name_or_path)
+
+
 def load_spec(name_or_path: str | Path, run_devices: Path | None = None) -> tuple[str, DeviceSpec]:
     """A device's name and description, by its name (`cpu`) or from a YAML file, which names it.
 
@@ -48,7 +54,7 @@ def load_spec(name_or_path: str | Path, run_devices: Path | None = None) -> tupl
     if path.suffix not in (".yaml", ".yml"):
         path = _find(str(name_or_path), run_devices)
     content, lines = _read(path, run_devices, ())
-    return path.stem, check(DeviceSpec, content, source=str(path), lines=lines)
+    return device_name(path), check(DeviceSpec, content, source=str(path), lines=lines)
 
 
 def _find(name: str, run_devices: Path | None) -> Path:
@@ -63,6 +69,8 @@ def _find(name: str, run_devices: Path | None) -> Path:
 def _read(path: Path, run_devices: Path | None, above: tuple[Path, ...]) -> tuple[Any, dict[str, int]]:
     """The content of a device's file over that of its `base`, and the lines of its own keys."""
     content, lines = read_yaml(path)
+    if isinstance(content, dict) and str(content.get("runtime")).endswith(".py"):
+        content["runtime"] = str(path.parent / content["runtime"])
     if isinstance(content, dict) and "base" in content:
         base = content.pop("base")
         if not isinstance(base, str):

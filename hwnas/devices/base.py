@@ -32,8 +32,9 @@ class Timing:
 
     A child is timed in rounds, in turns with a reference network: reference, child, reference, child, ..., reference.
     A round is steady if the reference, before and after it, is as fast as it usually is, and its own runs agree.
-    Rounds go on until `rounds` steady ones are there; after `max_rounds` the child is marked unstable. By default a
-    child of 0.1 ms takes 0.2 s on a quiet machine, and 0.5 s at most.
+    Rounds go on until `rounds` steady ones are there. After `max_rounds` the disturbed ones count too, each brought to
+    the reference's usual speed; if they do not agree to `max_error` then, the child is measured again later, and
+    rejected if that does not help. By default a child of 0.1 ms takes 0.2 s on a quiet machine, and 0.5 s at most.
 
     Attributes:
         warmup_s: run a network untimed for so long when it has just been loaded.
@@ -45,6 +46,8 @@ class Timing:
         threads: of the runtime.
         max_drift: relative distance from its usual latency at which the reference counts as disturbed.
         max_relative_iqr: inter-quartile range over median above which the runs of a round do not agree.
+        max_error: relative standard error above which disturbed rounds do not make a latency.
+        pause_s: wait so long after a disturbed round: a phone cools, another program ends.
         timeout_s: a round that takes longer counts as hanging.
     """
 
@@ -57,6 +60,8 @@ class Timing:
     threads: int = 1
     max_drift: float = 0.05
     max_relative_iqr: float = 0.25
+    max_error: float = 0.03
+    pause_s: float = 0.0
     timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -75,7 +80,8 @@ class RunTimes:
     Attributes:
         times_ms: wall time of each run, in order.
         preempted: whether the system took the processor away during that run (`ru_nivcsw` grew).
-        facts: the machine's state, as far as it tells: `cores`, `load`, `mhz`, `celsius`, ...
+        facts: the machine's state after it, as far as it tells: `cores`, `load`, `mhz` of the fastest core, `celsius`
+            of the hottest part, `thermal_status` (Android's: 0 none, 1 light, 2 moderate, ... throttling), ...
         spread: inter-quartile range over median of the runs, where only their sum is known and `times_ms` is one
             value, their median or mean.
     """

@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, with_config
 
+from hwnas.devices import worker
 from hwnas.devices.base import Device, Timing
+from hwnas.devices.tool_device import ToolDevice
 from hwnas.devices.transports.base import Transport
+from hwnas.devices.worker_device import WorkerDevice, runtime_file
 
 # The keys that only some transports have.
 _OF_TRANSPORT = {"ssh": ("host", "port", "ssh_config"), "adb": ("serial", "model"), "host": ()}
@@ -33,7 +36,8 @@ class DeviceSpec:
         ssh_config: of `ssh`: a file in place of ~/.ssh/config.
         serial: of `adb`, as `adb devices` prints it; by default the one phone there is, of `model`.
         model: of `adb`: how the phone's ro.product.model begins, such as `Pixel 8`.
-        runtime: a runtime that Python drives there: a file in `hwnas/devices/runtimes`.
+        runtime: a runtime that Python drives there: a file in `hwnas/devices/runtimes`, or the path of one like these,
+            `my_runtime.py`, relative to the device's file.
         tool: or a program that times networks there: a file in `hwnas/devices/tools`.
         program: where the tool is, if not at its usual place.
         python: the command that runs Python there.
@@ -88,7 +92,10 @@ class DeviceSpec:
                 raise ValueError(f"{key}={getattr(self, key)!r}: must not start with -, which begins an option")
         known = _modules("tools" if self.runtime is None else "runtimes")
         what, name = ("tool", self.tool) if self.runtime is None else ("runtime", self.runtime)
-        if name not in known:
+        if str(name).endswith(".py"):
+            if what == "tool" or not Path(str(name)).is_file():
+                raise ValueError(f"{what} {name!r}: there is no such file")
+        elif name not in known:
             raise ValueError(f"{what} {name!r} is not one of {', '.join(known)}")
         precisions = self._kind().precisions
         if self.precision not in precisions:
@@ -97,7 +104,7 @@ class DeviceSpec:
     @property
     def runs(self) -> str:
         """The runtime, for lists of devices."""
-        return self.runtime or f"{self._kind().runtime} ({self.tool})"
+        return f"{self._kind().runtime} ({self.tool})" if self.runtime is None else Path(self.runtime).stem
 
     @property
     def accepts(self) -> str:
@@ -107,7 +114,7 @@ class DeviceSpec:
     def _kind(self) -> Any:
         """The runtime's or the tool's class."""
         if self.runtime is not None:
-            return import_module(f"hwnas.devices.runtimes.{self.runtime}").Runtime
+            return worker.load_class(str(runtime_file(self.runtime)))
         return import_module(f"hwnas.devices.tools.{self.tool}").Program
 
     def open(self, name: str) -> Device:
@@ -115,12 +122,8 @@ class DeviceSpec:
         cores = None if self.cores == "auto" else self.cores
         transport = self._transport(name)
         if self.runtime is None:
-            from hwnas.devices.tool_device import ToolDevice
-
             tool = self._kind()(self.precision, **self.options)
             return ToolDevice(name, transport, tool, program=self.program, timing=self.timing, cores=cores)
-        from hwnas.devices.worker_device import WorkerDevice
-
         return WorkerDevice(
             name,
             transport,

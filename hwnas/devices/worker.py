@@ -173,15 +173,15 @@ def serve(worker: Worker, requests: TextIO, answers: TextIO) -> None:
         answers.flush()
 
 
-def load_runtime(path: str, **options: Any) -> Runtime:
-    """An object of the class `Runtime` in a file."""
+def load_class(path: str) -> type[Runtime]:
+    """The class `Runtime` of a file."""
     spec = spec_from_file_location("hwnas_runtime", path)  # a name that hides no package
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    runtime: Runtime = module.Runtime(**options)
-    return runtime
+    kind: type[Runtime] = module.Runtime
+    return kind
 
 
 def main() -> None:
@@ -191,7 +191,7 @@ def main() -> None:
     here = str(Path(__file__).parent)
     sys.path[:] = [path for path in sys.path if path != here]  # files here may have names of packages
     gc.disable()
-    serve(Worker(load_runtime(sys.argv[1], **json.loads(sys.argv[2]))), sys.stdin, wire)
+    serve(Worker(load_class(sys.argv[1])(**json.loads(sys.argv[2]))), sys.stdin, wire)
 
 
 if __name__ == "__main__":

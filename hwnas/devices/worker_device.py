@@ -10,16 +10,20 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from hwnas.devices import worker
+from hwnas.devices import runtimes, worker
 from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
 from hwnas.devices.transports.base import ConnectionLostError, Transport
 from hwnas.errors import DeviceError
 
 START_TIMEOUT_S = 120.0  # importing a runtime from a cold disk, at the worst
+
+
+def runtime_file(runtime: str) -> Path:
+    """The file of a runtime, by its name or path."""
+    return Path(runtime) if runtime.endswith(".py") else Path(runtimes.__path__[0]) / f"{runtime}.py"
 
 
 class WorkerDevice(Device):
@@ -30,7 +34,7 @@ class WorkerDevice(Device):
     Args:
         name: of the device.
         transport: to the machine.
-        runtime: the name of a file in `hwnas.devices.runtimes`.
+        runtime: the name of a file in `hwnas.devices.runtimes`, or the path of a file like those.
         precision: of the arithmetic.
         options: further arguments of the runtime's class.
         timing: the protocol that suits the device.
@@ -50,9 +54,10 @@ class WorkerDevice(Device):
         cores: tuple[int, ...] | None = None,
         python: tuple[str, ...] | None = None,
     ) -> None:
-        self.name, self.runtime, self.precision = name, runtime, precision
-        self._module = import_module(f"hwnas.devices.runtimes.{runtime}")
-        self.accepts = self._module.Runtime.accepts
+        self.name, self.runtime, self.precision = name, Path(runtime).stem, precision
+        self._file = runtime_file(runtime)
+        self._kind = worker.load_class(str(self._file))
+        self.accepts = self._kind.accepts
         self.timing = timing or Timing()
         self.address = transport.address
         self._options = {"precision": precision, **(options or {})}
@@ -104,7 +109,7 @@ class WorkerDevice(Device):
                 versions = self.versions()
             except DeviceError as error:
                 where = "" if self.address == "host" else f" on {self.address}"
-                yield Check(self.runtime, str(error), f"install there{where}: {self._module.Runtime.install}")
+                yield Check(self.runtime, str(error), f"install there{where}: {self._kind.install}")
             else:
                 yield Check(self.runtime, ", ".join(f"{name} {version}" for name, version in versions.items()))
 
@@ -117,7 +122,7 @@ class WorkerDevice(Device):
         if self._process is None:
             script = self._transport.send(Path(worker.__file__))
             self.address = self._transport.address  # of the one phone there is, known only now
-            runtime = self._transport.send(Path(str(self._module.__file__)))
+            runtime = self._transport.send(self._file)
             command = [*self._python, script, runtime, json.dumps(self._options)]
             self._process = _Process(self._transport, command)
             self._folder = self._transport.folder

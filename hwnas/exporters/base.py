@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ _EXPORTERS = {
     "executorch": "hwnas.exporters.executorch:ExecutorchExporter",
     "ncnn": "hwnas.exporters.ncnn:NcnnExporter",
     "onnx": "hwnas.exporters.onnx:OnnxExporter",
+    "onnx-symmetric": "hwnas.exporters.onnx:SymmetricOnnxExporter",
     "tflite": "hwnas.exporters.tflite:TfliteExporter",
 }
 _POOL_SIZE = 65_537
@@ -63,6 +64,7 @@ class Exporter(ABC):
     Attributes:
         format: the format's name, as the user and `Device.accepts` write it.
         suffix: of its files, `.onnx`.
+        layout: of the files' input: NCHW, (1, in_channels, resolution, resolution), or NHWC.
         precisions: that it can write: `fp32`, `int8` (weights per output channel, activations per tensor).
         precision: that of the weights and the arithmetic in the files it writes.
 
@@ -72,6 +74,7 @@ class Exporter(ABC):
 
     format: ClassVar[str]
     suffix: ClassVar[str]
+    layout: ClassVar[Literal["NCHW", "NHWC"]] = "NCHW"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
 
     def __init__(self, precision: str = "fp32") -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -370,6 +370,7 @@ class TfliteExporter(Exporter):
 
     format: ClassVar[str] = "tflite"
     suffix: ClassVar[str] = ".tflite"
+    layout: ClassVar[Literal["NCHW", "NHWC"]] = "NHWC"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:

@@ -56,6 +56,9 @@ class Tool(ABC):
     def parse(self, output: str) -> RunTimes:
         """What the program printed (stdout, then stderr), as times in milliseconds.
 
+        Where it prints one figure for all runs, that is the one time, `facts["runs"]` says how many it stands for, and
+        `spread` how far they lie apart, if that is known.
+
         Raises:
             DeviceError: it failed, the network did not run as asked, or there are no times in it.
         """

@@ -111,7 +111,7 @@ class Program(Tool):
         if row.avg_ms == 0:  # a graph that it could not read takes no time
             raise DeviceError("it took 0.00 ms: the network did not run, or is too small for benchncnn")
         runs = re.search(r"^loop_count = (\d+)", output, re.MULTILINE)
-        facts = {"statistic": f"mean of {runs[1]} runs"} if runs else {}
+        facts = {"runs": int(runs[1])} if runs else {}
         spread = (row.max_ms - row.min_ms + _RESOLUTION_MS) / row.avg_ms
         return RunTimes((row.avg_ms,), (False,), facts, spread)
 

@@ -1,0 +1,264 @@
+"""ExecuTorch files compute what the network does, wholly in XNNPACK, and its bindings time them."""
+
+import hashlib
+import sys
+import warnings
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hwnas.devices import load_device
+from hwnas.errors import DeviceError, ExportError
+from hwnas.exporters.base import exporter, random_tensors
+from hwnas.exporters.executorch import ExecutorchExporter
+from hwnas.layers import Layer, lower
+from hwnas.network import Network, batch_norms, initialise
+from hwnas.space import SearchSpace
+from hwnas.testing import QUICK, DeviceContract, ExporterContract, tiny_space
+
+pytest.importorskip("executorch")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Several are ten times slower where other tests run at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class TestExecutorchExporter(ExporterContract):
+    @pytest.fixture
+    def exporter(self):
+        return exporter("executorch")
+
+
+@pytest.fixture(scope="module")
+def bindings(tmp_path_factory):
+    path = tmp_path_factory.mktemp("devices") / "bindings.yaml"
+    path.write_text("transport: host\nruntime: executorch\n")
+    with load_device(path) as device:
+        yield device
+
+
+class TestBindings(DeviceContract):
+    @pytest.fixture
+    def device(self, bindings):
+        return bindings
+
+
+# -------------------------------------------------------------------- what the files compute
+
+
+def trained(layers):
+    """A network whose batch norms have seen something: with arbitrary statistics its own rounding errors grow."""
+    network = Network(layers)
+    generator = torch.Generator().manual_seed(0)
+    initialise(layers, network.state_dict(), generator)
+    for norm in batch_norms(network):
+        norm.momentum = None
+        with torch.no_grad():
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+            norm.bias.uniform_(-0.5, 0.5, generator=generator)
+    with torch.no_grad():
+        network(images_for(layers, 8, generator))
+    return network.eval()
+
+
+def images_for(layers, count, generator):
+    first = layers[0]
+    return torch.randn(count, first.in_channels, first.in_size, first.in_size, generator=generator)
+
+
+def write(layers, tensors, folder):
+    path = folder / "model.pte"
+    ExecutorchExporter().write(layers, tensors, path)
+    return path
+
+
+def assert_computes_the_same(network, layers, folder):
+    path = write(layers, {name: tensor.numpy() for name, tensor in network.state_dict().items()}, folder)
+    images = images_for(layers, 2, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = network(images).numpy()
+    assert np.ptp(expected) > 0
+    found = ExecutorchExporter().infer(path, images.numpy())
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
+@pytest.mark.parametrize("resolution", [33, 62])
+def test_computes_what_the_network_does(name, resolution, tmp_path):
+    space = SearchSpace.load(name, num_classes=10)
+    for arch in (space.smallest(), space.sample(np.random.default_rng(resolution))):
+        layers = lower(space, replace(arch, resolution=resolution))
+        assert_computes_the_same(trained(layers), layers, tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["relu", "swish", "h-swish", "sigmoid", "h-sigmoid"])
+def test_activations(activation, tmp_path):
+    space = replace(tiny_space(), activation=activation)
+    layers = lower(space, space.smallest())
+    assert_computes_the_same(trained(layers), layers, tmp_path)
+
+
+def test_h_sigmoid_ends_where_it_should(tmp_path):
+    layer = {"in_channels": 4, "out_channels": 4, "in_size": 1}
+    layers = (
+        Layer(name="a", kind="conv", inputs=("image",), activation="h-sigmoid", **layer),
+        Layer(name="b", kind="linear", inputs=("a",), **layer),
+    )
+    eye = np.eye(4, dtype=np.float32)
+    path = write(layers, {"a.conv.weight": eye[:, :, None, None], "b.weight": eye}, tmp_path)
+    images = np.array([-3.5, -1.5, 1, 4], dtype=np.float32).reshape(1, 4, 1, 1)
+    np.testing.assert_allclose(ExecutorchExporter().infer(path, images)[0], [0, 0.25, 2 / 3, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_average_pool_of_every_size(size, tmp_path):
+    channels = 16
+    layer = {"in_channels": channels, "out_channels": channels}
+    layers = (
+        Layer(name="a", kind="conv", inputs=("image",), in_size=size, **layer),
+        Layer(name="b", kind="avg_pool", inputs=("a",), in_size=size, kernel=2, stride=2, **layer),
+        Layer(name="c", kind="global_pool", inputs=("b",), in_size=-(-size // 2), **layer),
+        Layer(name="d", kind="linear", inputs=("c",), in_size=1, **layer),
+    )
+    eye = np.eye(channels, dtype=np.float32)
+    path = write(layers, {"a.conv.weight": eye[:, :, None, None], "d.weight": eye}, tmp_path)
+    images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(size))
+    pooled = torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)(images)
+    found = ExecutorchExporter().infer(path, images.numpy())
+    np.testing.assert_allclose(found, pooled.mean((2, 3)).numpy(), atol=1e-6)
+
+
+def test_networks_of_one_process_keep_their_weights(tmp_path):
+    space = tiny_space()
+    layers = lower(space, space.smallest())
+    images = images_for(layers, 1, torch.Generator().manual_seed(0)).numpy()
+    paths = [tmp_path / f"{seed}.pte" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        ExecutorchExporter().write(layers, random_tensors(layers, np.random.default_rng(seed)), path)
+    first, second, again = (ExecutorchExporter().infer(path, images) for path in (*paths, paths[0]))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, second)
+
+
+# -------------------------------------------------------------------- what the files are
+
+
+@pytest.fixture
+def layers():
+    space = tiny_space()
+    return lower(space, space.smallest())
+
+
+@pytest.fixture
+def network(layers, tmp_path):
+    return write(layers, random_tensors(layers, np.random.default_rng(0)), tmp_path)
+
+
+def test_artifact_holds_the_hash_of_the_file(layers, tmp_path):
+    path = tmp_path / "model.pte"
+    artifact = ExecutorchExporter().write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+    assert artifact.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_takes_images_as_torch_lays_them_out(network):
+    from executorch.runtime import Runtime
+
+    meta = Runtime.get().load_program(network).metadata("forward")
+    assert meta.num_inputs() == meta.num_outputs() == 1
+    assert meta.input_tensor_meta(0).sizes() == (1, 1, 28, 28)
+    assert meta.output_tensor_meta(0).sizes() == (1, 10)
+
+
+def test_running_leaves_the_input_alone(network, layers):
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(network).load_method("forward")._method
+    method.set_inputs([images_for(layers, 1, torch.Generator().manual_seed(0))])
+    method.execute()
+    first = method.get_outputs()[0].numpy()
+    method.execute()
+    np.testing.assert_array_equal(method.get_outputs()[0].numpy(), first)
+
+
+def partly_portable(path):
+    """A copy of a file with an operator that XNNPACK does not run, as the usual road writes them."""
+    from executorch.exir import schema
+    from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
+
+    read = deserialize_pte_binary(path.read_bytes())
+    read.program.execution_plan[0].operators.append(schema.Operator("aten::avg_pool2d", "out"))
+    other = path.with_name("portable.pte")
+    other.write_bytes(bytes(serialize_pte_binary(read, extract_delegate_segments=True)))
+    return other
+
+
+def test_refuses_other_kernels(network, bindings):
+    path = partly_portable(network)
+    with pytest.raises(ExportError, match=r"portable\.pte: it does not run as a whole in XNNPACK"):
+        ExecutorchExporter().infer(path, np.zeros((1, 1, 28, 28), dtype=np.float32))
+    with pytest.raises(DeviceError, match=r"the file has aten::avg_pool2d: it has to run as a whole in XnnpackBackend"):
+        bindings.run(path, QUICK)
+
+
+@pytest.mark.slow
+def test_one_thread_pool_a_process(network, tmp_path):
+    (tmp_path / "two.yaml").write_text("transport: host\nruntime: executorch\ntiming: {threads: 2}\n")
+    with load_device(tmp_path / "two.yaml") as device:
+        assert device.run(network, replace(QUICK, threads=2)).latency_ms > 0
+        with pytest.raises(DeviceError, match=r"threads=1: networks were loaded with 2, and share one pool"):
+            device.run(network, QUICK)
+
+
+def test_without_executorch(layers, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch.exir._serialize._program", None)
+    with pytest.raises(ExportError, match=r"executorch is not installed: pip install 'hwnas\[executorch\]'"):
+        write(layers, random_tensors(layers, np.random.default_rng(0)), tmp_path)
+    with pytest.raises(ExportError, match=r"pip install 'hwnas\[executorch\]'"):
+        ExecutorchExporter().infer(tmp_path / "model.pte", np.zeros((1, 1, 28, 28), dtype=np.float32))
+
+
+@pytest.mark.slow
+def test_is_what_the_usual_road_writes(tmp_path, monkeypatch):
+    # No average pool with partial windows, for which the usual road leaves XNNPACK, and no h-sigmoid, for which it
+    # writes six operators in place of a clamp. The stem of grey images it calls depthwise.
+    space = replace(SearchSpace.load("tiny", num_classes=10), shortcut="identity", activation="h-swish")
+    layers = lower(space, space.smallest())
+    network = trained(layers)
+    images = images_for(layers, 1, torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from executorch.backends.xnnpack import xnnpack_preprocess
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.runtime import Runtime
+
+        kinds = []
+
+        def spy(graph, data, serialize=xnnpack_graph_serialize.serialize_xnnpack_binary):
+            names = [
+                node["xnode_union_type"] if isinstance(node, dict) else type(node.xnode_union).__name__
+                for node in graph.xnodes
+            ]
+            kinds.append(Counter(names))
+            return serialize(graph, data)
+
+        for module in (xnnpack_preprocess, xnnpack_graph_serialize):
+            monkeypatch.setattr(module, "serialize_xnnpack_binary", spy)
+        exported = torch.export.export(network, (images,))
+        usual = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+        expected = Runtime.get().load_program(usual.buffer).load_method("forward").execute([images])[0].numpy()
+    path = write(layers, {name: tensor.numpy() for name, tensor in network.state_dict().items()}, tmp_path)
+    np.testing.assert_allclose(ExecutorchExporter().infer(path, images.numpy()), expected, rtol=1e-4, atol=1e-5)
+    usual_kinds, ours = kinds
+    # It turns the pooled features, of one pixel, to torch's layout and back.
+    assert usual_kinds.pop("XNNStaticTranspose") >= ours.pop("XNNStaticTranspose") == 1
+    assert ours == usual_kinds
