@@ -129,12 +129,6 @@ class Sshd:
         """What the server said since it was made."""
         return (self._folder / "log").read_text()
 
-    def programs(self, name: str, word: str = "") -> list[int]:
-        """The PIDs of what runs under the server, by how it was called and a part of its arguments."""
-        assert self._process is not None
-        found = {pid: _argv(pid) for pid in _descendants(self._process.pid)}
-        return [pid for pid, argv in found.items() if argv[0] == name and word in " ".join(argv[1:])]
-
     def sessions(self) -> list[int]:
         """The server's processes that serve a connection each."""
         assert self._process is not None
@@ -160,6 +154,12 @@ class Sshd:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def programs(name: str, word: str) -> list[int]:
+    """The PIDs of what runs on this machine, by how it was called and a part of its arguments."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if (argv := _argv(pid))[0] == name and word in " ".join(argv[1:])]
 
 
 def _keygen(path: Path) -> None:

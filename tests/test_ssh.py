@@ -18,7 +18,7 @@ from hwnas.devices.transports.base import ConnectionLostError
 from hwnas.devices.transports.ssh import Ssh
 from hwnas.errors import DeviceError, InputError
 from hwnas.testing import QUICK, DeviceContract
-from tests.sshd import Sshd
+from tests.sshd import Sshd, programs
 from tests.test_transports import HOSTILE, logged, wait_for
 
 NOISE = 'echo "Welcome to the board"; printf "no end of line"; echo "and to stderr" >&2\n'
@@ -79,9 +79,9 @@ def network(shared_device, tmp_path):
     return DeviceContract.write(shared_device, tmp_path)
 
 
-def workers(server, device):
-    """The PIDs of a device's workers."""
-    return server.programs(sys.executable, device._transport.folder)
+def workers(device):
+    """The PIDs of a device's workers there."""
+    return programs(sys.executable, device._transport.folder)
 
 
 def used_s(pid):
@@ -205,7 +205,7 @@ def test_hostile_hosts_are_refused(name):
 def test_cut_in_the_middle_of_a_run(server, device, network, tmp_path):
     device.run(network, QUICK)
     old = Path(device._transport.folder)
-    (pid,) = workers(server, device)
+    (pid,) = workers(device)
     begun_s = used_s(pid) + 0.2
     thread = threading.Thread(target=lambda: (wait_for(lambda: used_s(pid) > begun_s), server.cut()))
     thread.start()
@@ -247,30 +247,33 @@ def test_connection_that_hangs_is_replaced_after_it_is_undone(server, tmp_path):
     assert list(tmp_path.glob("hwnas-*")) == []
 
 
-def test_killed_worker_is_replaced(server, device, network):
+def test_killed_worker_is_replaced(device, network):
     device.run(network, QUICK)
-    (pid,) = workers(server, device)
+    (pid,) = workers(device)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(DeviceError, match=r"device 'board': onnxruntime was ended by SIGKILL \(out of memory"):
         device.run(network, QUICK)
     assert device.run(network, QUICK).latency_ms > 0
 
 
-def test_hanging_network_is_ended_there(server, device, network):
+def test_hanging_network_is_ended_there(device, network):
     device.run(network, QUICK)
     folder = device._transport.folder
+    (pid,) = workers(device)
+    os.kill(pid, signal.SIGSTOP)  # it ends neither with its input nor by its own limit
     with pytest.raises(DeviceError, match=r"did not answer within 0\.3 s, and was ended"):
-        device.run(network, replace(FOREVER, timeout_s=0.3))
-    wait_for(lambda: not workers(server, device))
+        device.run(network, replace(QUICK, timeout_s=0.3))
+    wait_for(lambda: not workers(device))
     assert device.run(network, QUICK).latency_ms > 0
     assert device._transport.folder == folder
 
 
-@pytest.mark.parametrize("command", [["sleep", "100"], ["timeout", "100", "sleep", "100"]])
-def test_hanging_program_is_ended_there(command, server, board):
-    with pytest.raises(DeviceError, match=rf"ssh board: `{command[0]}` did not end within 0\.5 s"):
-        board.run(command, timeout_s=0.5)
-    wait_for(lambda: not server.programs("sleep"))
+@pytest.mark.parametrize("words", [[], ["timeout", "100"]])
+def test_hanging_program_is_ended_there(words, board):
+    seconds = f"100.{os.getpid()}"
+    with pytest.raises(DeviceError, match=r"ssh board: `\w+` did not end within 0\.5 s"):
+        board.run([*words, "sleep", seconds], timeout_s=0.5)
+    wait_for(lambda: not programs("sleep", seconds))
     assert board.run(["echo", "on"]).stdout == "on\n"
 
 
@@ -285,6 +288,7 @@ def test_full_disk(server, tmp_path):
             DeviceGoneError, match=rf"ssh board: big\.onnx could not be copied to {server.small}/.*: No space left on"
         ):
             device.run(tmp_path / "big.onnx", QUICK)
+        network = network.rename(tmp_path / "anew.onnx")
         assert device.run(network, QUICK).latency_ms > 0  # the half file was removed
         remedies = {check.step: check.remedy for check in device.check()}
         assert remedies["room"] == f"make room in {server.small} there: 200 MB are enough"
