@@ -35,7 +35,7 @@ class DeviceSpec:
         port: of `ssh`, where ~/.ssh/config does not say.
         ssh_config: of `ssh`: a file in place of ~/.ssh/config.
         serial: of `adb`, as `adb devices` prints it; by default the one phone there is, of `model`.
-        model: of `adb`: how the phone's ro.product.model begins, such as `Pixel 8`.
+        model: of `adb`: the phone's ro.product.model, in which `*` stands for anything: `Pixel 8`, `SM-N97*`.
         runtime: a runtime that Python drives there: a file in `hwnas/devices/runtimes`, or the path of one like these,
             `my_runtime.py`, relative to the device's file.
         tool: or a program that times networks there: a file in `hwnas/devices/tools`.

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Adb(Transport):
 
     Args:
         serial: of the phone, as `adb devices` prints it; None for the one phone that is attached and of `model`.
-        model: how the phone's ro.product.model begins; not looked at where there is a serial.
+        model: the phone's ro.product.model, in which `*` stands for anything; not looked at where there is a serial.
         folder: where the temporary folder is made there; None for /data/local/tmp.
         common: see `Transport`.
 
@@ -241,8 +242,8 @@ class Adb(Transport):
         """
         attached = self._attached()
         if self._serial is None:
-            prefix = re.sub("[^a-zA-Z0-9]", "_", self._model or "")  # as adb prints it
-            usable = [phone for phone in attached if phone.usable and phone.model.startswith(prefix)]
+            pattern = re.sub("[^a-zA-Z0-9*]", "_", self._model or "*")  # as adb prints it
+            usable = [phone for phone in attached if phone.usable and fnmatchcase(phone.model, pattern)]
         else:
             if _NETWORK.fullmatch(self._serial) and not any(phone.usable for phone in self._named(attached)):
                 self._connect(self._serial)
@@ -269,15 +270,14 @@ class Adb(Transport):
 
     def _none(self, attached: list[readings.Phone]) -> str:
         """Why no phone can be used."""
-        wanted = (
-            f"adb: phone {self._serial}" if self._serial else f"adb: {f'a {self._model}' if self._model else 'a phone'}"
-        )
+        model = f"a phone of model {self._model}" if self._model else "a phone"
+        wanted = f"phone {self._serial}" if self._serial else model
         listed = ", ".join(_described(phone) for phone in attached) or "none"
         # A phone that cannot be used does not tell its model, either.
         phones = self._named(attached) if self._serial else [phone for phone in attached if not phone.usable]
         remedies = dict.fromkeys(_REMEDIES[phone.state] for phone in phones if phone.state in _REMEDIES)
         remedy = "; ".join(remedies) or "connect it, and turn on USB debugging in its developer options"
-        return f"{wanted} is not ready: attached are {listed}; {remedy}"
+        return f"adb: {wanted} is not ready: attached are {listed}; {remedy}"
 
 
 def _several(phones: list[readings.Phone]) -> str:
