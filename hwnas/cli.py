@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hwnas.errors import DeviceError, HwnasError, InputError
+from hwnas.errors import DeviceError, HwnasError, InputError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,7 +51,7 @@ def command(*options: Callable[..., Any], group: click.Group = cli) -> Callable[
 
 def notice(text: str) -> None:
     """Tell the user, beside the result."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 def finish(as_json: bool, document: dict[str, Any], *show: Table | str) -> None:
@@ -507,9 +507,9 @@ def check(run: str | None, name: str, seconds: float, as_json: bool) -> None:
         done.append(step)
         if not as_json:
             mark = "pass" if step.passed else "FAIL"
-            finish(False, {}, f"{mark}  {step.step}: {step.found}")
+            finish(False, {}, printable(f"{mark}  {step.step}: {step.found}"))
             if step.remedy is not None and step.remedy != step.found:
-                finish(False, {}, f"      {step.remedy}")
+                finish(False, {}, printable(f"      {step.remedy}"))
     failed = [step for step in done if not step.passed]
     steps = [{"step": s.step, "passed": s.passed, "found": s.found, "remedy": s.remedy} for s in done]
     if as_json:
@@ -540,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"hwnas: {error.format_message()}".replace("\n", " "), err=True)
         return 2
     except HwnasError as error:
-        click.echo(f"hwnas: {error}", err=True)
+        notice(f"hwnas: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         click.echo("hwnas: interrupted: the same command goes on from here", err=True)

@@ -29,10 +29,12 @@ def diagnose(device: Device, space: SearchSpace, duration_s: float = 5.0) -> Ite
     Yields:
         One check a step, up to the first one without which the others make no sense.
     """
+    checks = []
     for check in device.check():
+        checks.append(check)
         yield check
-        if not check.passed:
-            return
+    if any(not check.passed and check.step in ("reached", device.runtime) for check in checks):
+        return
     with tempfile.TemporaryDirectory(prefix="hwnas-") as folder:
         arch = reference_child(space)
         layers = lower(space, arch)

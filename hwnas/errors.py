@@ -5,6 +5,11 @@ it shows its traceback and exits with 1.
 """
 
 
+def printable(text: str) -> str:
+    """A text that may hold what a device said, for a terminal: without characters that it would take for commands."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 class HwnasError(Exception):
     """Base of the errors below, which are the ones to raise. Messages state rule, value and remedy."""
 

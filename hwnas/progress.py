@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from hwnas.errors import printable
+
 LINE_EVERY_S = 15.0
 
 
@@ -50,7 +52,7 @@ def reporting(*names: str, quiet: bool = False) -> Iterator[list[Report]]:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),  # perhaps a device's own words
         )
         with Progress(*columns, console=console) as bar:
             yield [_Bar(bar, name) for name in names]
@@ -67,8 +69,8 @@ class _Bar:
 
     def __call__(self, done: float, total: float, note: str = "") -> None:
         if self._task is None:
-            self._task = self._bar.add_task(self._name, total=total, note=note)
-        self._bar.update(self._task, completed=done, total=total, note=note)
+            self._task = self._bar.add_task(self._name, total=total, note="")
+        self._bar.update(self._task, completed=done, total=total, note=printable(note))
 
 
 class _Lines:
@@ -86,5 +88,5 @@ class _Lines:
         if now - self._last_line >= LINE_EVERY_S or done >= total:
             rate = (done - self._first) / max(now - self._start, 1e-9)
             left = f"{(total - done) / rate:.0f} s left" if rate else "?"
-            print(f"{self._name}: {done:g}/{total:g}, {left}, {note}", file=sys.stderr, flush=True)
+            print(f"{self._name}: {done:g}/{total:g}, {left}, {printable(note)}", file=sys.stderr, flush=True)
             self._last_line = now

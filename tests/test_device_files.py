@@ -12,9 +12,11 @@ import hwnas
 from hwnas import api
 from hwnas.cli import main
 from hwnas.devices import device_files, load_device, load_spec, user_folder
-from hwnas.devices.base import Timing
+from hwnas.devices.base import Check, Timing
+from hwnas.devices.worker_device import WorkerDevice
+from hwnas.diagnose import diagnose
 from hwnas.errors import DeviceError, InputError
-from hwnas.testing import QUICK, DeviceContract
+from hwnas.testing import QUICK, DeviceContract, FakeDevice, tiny_space
 
 CATALOGUE = Path(str(hwnas.__file__)).parent / "devices" / "catalog"
 QUICKLY = {"rounds": 2, "max_rounds": 2, "min_duration_s": 0.001, "warmup_s": 0.0, "max_drift": 10.0, "max_error": 10.0}
@@ -27,7 +29,7 @@ def write(folder: Path, name: str, **content: object) -> Path:
     return path
 
 
-def run(capsys, *words: object) -> tuple[int, str, str]:
+def run_cli(capsys, *words: object) -> tuple[int, str, str]:
     code = main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out, err
@@ -138,44 +140,44 @@ def test_catalogue_has_what_people_deploy_to():
 
 
 def test_list_and_show(capsys):
-    code, out, _ = run(capsys, "devices")
+    code, out, _ = run_cli(capsys, "devices")
     assert code == 0
     assert "jetson-orin-nano" in out
-    code, out, _ = run(capsys, "devices", "--json")
+    code, out, _ = run_cli(capsys, "devices", "--json")
     listed = {device["name"]: device for device in json.loads(out)["devices"]}
     assert listed["pixel-8"]["transport"] == "adb"
     assert listed["pixel-8"]["runtime"] == "litert (benchmark_model)"
-    code, out, _ = run(capsys, "devices", "show", "jetson")
+    code, out, _ = run_cli(capsys, "devices", "show", "jetson")
     assert code == 0
     assert "transport: ssh" in out
     assert "to install there:" in out
-    code, _, err = run(capsys, "devices", "show", "jetsn")
+    code, _, err = run_cli(capsys, "devices", "show", "jetsn")
     assert code == 2
     assert "did you mean 'jetson'?" in err
 
 
 def test_add_check_and_remove(capsys, tmp_path):
-    code, out, _ = run(capsys, "devices", "add", "mine", "--base", "cpu", "-o", "timing.threads=2")
+    code, out, _ = run_cli(capsys, "devices", "add", "mine", "--base", "cpu", "-o", "timing.threads=2")
     assert code == 0
     assert out.splitlines()[-1] == "next: hwnas devices check mine"
     assert load_device("mine").timing.threads == 2
-    code, _, err = run(capsys, "devices", "add", "mine", "--base", "cpu")
+    code, _, err = run_cli(capsys, "devices", "add", "mine", "--base", "cpu")
     assert code == 2
     assert "is there already: remove it with `hwnas devices remove mine`" in err
-    assert run(capsys, "devices", "add", "mine", "--base", "cpu", "-o", "timing.threads=1", "--overwrite")[0] == 0
+    assert run_cli(capsys, "devices", "add", "mine", "--base", "cpu", "-o", "timing.threads=1", "--overwrite")[0] == 0
     assert load_device("mine").timing.threads == 1
-    code, out, _ = run(capsys, "devices", "check", "mine", "--seconds", "0.1", "--json")
+    code, out, _ = run_cli(capsys, "devices", "check", "mine", "--seconds", "0.1", "--json")
     steps = [step["step"] for step in json.loads(out)["steps"]]
     assert steps == ["reached", "room", "onnxruntime", "file", "state", "measurement"]
-    assert run(capsys, "devices", "remove", "mine")[0] == 0
-    code, _, err = run(capsys, "devices", "remove", "mine")
+    assert run_cli(capsys, "devices", "remove", "mine")[0] == 0
+    code, _, err = run_cli(capsys, "devices", "remove", "mine")
     assert code == 2
     assert "not one that you added" in err
 
 
 def test_add_a_board(capsys):
     words = ["devices", "add", "orin", "--base", "jetson-orin-nano", "--host", "me@10.0.0.7", "--port", "2222"]
-    assert run(capsys, *words)[0] == 0
+    assert run_cli(capsys, *words)[0] == 0
     _, spec = load_spec("orin")
     assert (spec.host, spec.port, spec.runtime) == ("me@10.0.0.7", 2222, "tensorrt")
 
@@ -189,7 +191,7 @@ def test_names_that_are_paths(name):
 
 
 def test_add_leaves_nothing_after_a_mistake(capsys):
-    code, _, err = run(capsys, "devices", "add", "mine", "--base", "cpu", "--host", "board")
+    code, _, err = run_cli(capsys, "devices", "add", "mine", "--base", "cpu", "--host", "board")
     assert code == 2
     assert err.strip() == "hwnas: mine:1: host: transport host has no such key"
     assert not list(user_folder().glob("*"))
@@ -197,12 +199,39 @@ def test_add_leaves_nothing_after_a_mistake(capsys):
 
 def test_check_names_the_remedy(capsys, tmp_path):
     board = write(tmp_path, "board", base="cpu", python="/no/such/python")
-    code, out, err = run(capsys, "devices", "check", board)
+    code, out, err = run_cli(capsys, "devices", "check", board)
     assert code == 4
     assert "pass  reached: host" in out
     assert "FAIL  onnxruntime: host: /no/such/python cannot be started: No such file or directory" in out
     assert "install there: hwnas" in out
     assert err.startswith("hwnas: device")
+
+
+def test_check_goes_on_after_what_can_be_lived_with(monkeypatch):
+    class Hot(FakeDevice):
+        def check(self):
+            yield Check("temperature", "thermal status 1", "let it cool down")
+            yield from super().check()
+
+    steps = list(diagnose(Hot(), tiny_space(), duration_s=0))
+    assert [step.step for step in steps] == ["temperature", "fake", "file", "measurement"]
+
+
+def test_a_device_cannot_write_to_the_terminal(capsys, monkeypatch):
+    said = "\x1b]0;owned\x07 [red]no[/] \x9b2J"
+
+    def run(self, path, timing):
+        raise DeviceError(f"device 'cpu': {said}")
+
+    monkeypatch.setattr(WorkerDevice, "run", run)
+    code, out, err = run_cli(capsys, "devices", "check", "cpu", "--seconds", "0")
+    assert code == 4
+    assert "[red]no[/]" in out
+    assert not {"\x1b", "\x07", "\x9b"} & set(out + err)
+    code, out, err = run_cli(capsys, "profile", "--device", "cpu", "--space", "tiny", "--children", "5")
+    assert code == 4
+    assert "3 children in a row failed" in err
+    assert not {"\x1b", "\x07", "\x9b"} & set(out + err)
 
 
 # -------------------------------------------------------------------- several devices
@@ -214,7 +243,7 @@ def test_profiles_several_at_a_time(capsys, tmp_path):
     write(devices, "two", base="cpu", timing=QUICKLY)
     write(devices, "broken", base="cpu", python="/no/such/python")
     words = ["profile", "--space", "tiny", "--children", "5", "--json"]
-    code, out, err = run(capsys, *words, "--device", "one", "--device", "broken", "--device", "two")
+    code, out, err = run_cli(capsys, *words, "--device", "one", "--device", "broken", "--device", "two")
     assert code == 4
     assert [made["device"] for made in json.loads(out)["profiles"]] == ["one", "two"]
     assert "/no/such/python" in err.splitlines()[-1]

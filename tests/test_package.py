@@ -22,7 +22,7 @@ STANDS_ON = {
     "errors": [],
     "files": [],
     "machine": [],
-    "progress": [],
+    "progress": ["errors"],
     "config": ["errors"],
     # what a network is
     "space": ["config"],

@@ -112,7 +112,7 @@ class ToolDevice(Device):
     def check(self) -> Iterator[Check]:
         """See `Device`."""
         yield from (checks := list(self._transport.check()))
-        if all(check.passed for check in checks):
+        if checks[0].passed:  # reached
             try:
                 versions = self.versions()
             except DeviceError as error:
