@@ -150,6 +150,7 @@ class Device(ABC):
         precision: of the arithmetic.
         int8: the precision of the files for int8, where the format knows several.
         timing: the protocol that suits the device.
+        install: what to do where the runtime is missing.
         address: of the machine: on one address one round runs at a time, whichever device or process asks for it. It
             holds from the first call of `versions` on.
     """
@@ -160,6 +161,7 @@ class Device(ABC):
     precision: str = "fp32"
     int8: str = "int8"
     timing: Timing = Timing()
+    install: str = "see the message"
     address: str = HOST
 
     @property
@@ -192,7 +194,7 @@ class Device(ABC):
         try:
             versions = self.versions()
         except DeviceError as error:
-            yield Check(self.runtime, str(error), "see the message")
+            yield Check(self.runtime, str(error), self.install)
         else:
             yield Check(self.runtime, ", ".join(f"{name} {version}" for name, version in versions.items()))
 

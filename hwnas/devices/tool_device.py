@@ -39,7 +39,7 @@ class ToolDevice(Device):
         cores: tuple[int, ...] | None = None,
     ) -> None:
         self.name, self.runtime, self.accepts, self.precision = name, tool.runtime, tool.accepts, tool.precision
-        self.int8 = tool.int8
+        self.int8, self.install = tool.int8, tool.install
         self.timing = timing or Timing()
         self.address = transport.address
         self._transport, self._tool, self._program = transport, tool, program or tool.program
@@ -58,7 +58,7 @@ class ToolDevice(Device):
         except (ConnectionLostError, DeviceGoneError):
             raise
         except DeviceError as error:
-            raise DeviceGoneError(f"device {self.name!r}: {self._program}: {error}; {self._tool.install}") from None
+            raise DeviceGoneError(f"device {self.name!r}: {self._program}: {error}; {self.install}") from None
 
     def run(self, path: Path, timing: Timing) -> RunTimes:
         """See `Device`."""
@@ -113,12 +113,7 @@ class ToolDevice(Device):
         """See `Device`."""
         yield from (checks := list(self._transport.check()))
         if checks[0].passed:  # reached
-            try:
-                versions = self.versions()
-            except DeviceError as error:
-                yield Check(self.runtime, str(error), self._tool.install)
-            else:
-                yield Check(self.runtime, ", ".join(f"{name} {version}" for name, version in versions.items()))
+            yield from super().check()
 
     def close(self) -> None:
         """See `Device`."""

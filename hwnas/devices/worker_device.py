@@ -15,7 +15,6 @@ from typing import IO, Any
 
 from hwnas.devices import runtimes, worker
 from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
-from hwnas.devices.lock import HOST
 from hwnas.devices.transports.base import ConnectionLostError, Transport
 from hwnas.errors import DeviceError
 
@@ -60,6 +59,7 @@ class WorkerDevice(Device):
         self._kind = worker.load_class(str(self._file))
         self.accepts = self._kind.accepts
         self.int8 = getattr(self._kind, "int8", "int8")
+        self.install = f"install there: {self._kind.install}"
         self.timing = timing or Timing()
         self.address = transport.address
         self._options = {"precision": precision, **(options or {})}
@@ -107,13 +107,7 @@ class WorkerDevice(Device):
         """See `Device`."""
         yield from (checks := list(self._transport.check()))
         if checks[0].passed:  # reached
-            try:
-                versions = self.versions()
-            except DeviceError as error:
-                where = "" if self.address == HOST else f" on {self.address}"
-                yield Check(self.runtime, str(error), f"install there{where}: {self._kind.install}")
-            else:
-                yield Check(self.runtime, ", ".join(f"{name} {version}" for name, version in versions.items()))
+            yield from super().check()
 
     def _kill(self) -> None:
         process, self._process = self._process, None
