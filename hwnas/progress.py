@@ -23,6 +23,17 @@ class Report(Protocol):
         """`done` of `total` are finished; `note` is a few words or figures."""
 
 
+class Notice(Protocol):
+    """What a function tells the user beside its result."""
+
+    def __call__(self, text: str) -> None:
+        """`text` is a sentence."""
+
+
+def unheard(text: str) -> None:
+    """Tells nobody."""
+
+
 def silent(done: float, total: float, note: str = "") -> None:
     """Reports nothing."""
 

@@ -1,0 +1,288 @@
+"""`hwnas profile`, `fit` and `predict`: from a device to its latency predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from hwnas import __version__
+from hwnas.api.catalogue import open_device
+from hwnas.api.costs import read_architecture
+from hwnas.devices import Device, device_name
+from hwnas.devices.base import Timing
+from hwnas.errors import DeviceError, InputError
+from hwnas.measure import choose_children, measure
+from hwnas.measurement import Measurement, Role
+from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, make_predictor
+from hwnas.predictors import report as prediction_report
+from hwnas.progress import Report, silent
+from hwnas.run import Run, RunConfig
+from hwnas.space import Architecture, SearchSpace
+from hwnas.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What `profile` and `fit` leave: a predictor and how good it is.
+
+    Attributes:
+        device: its name.
+        predictor: fitted to the children measured for it.
+        num_children: how many those are.
+        num_failed, num_rejected: children whose measurement failed, and that were measured but cannot be trusted.
+        num_unstable: children among those used that were disturbed, but whose latency can be trusted.
+        write_s, run_s: seconds that a child took to write and to measure, median.
+        cross_validation: errors on children left out of the fit in turn.
+        holdout: errors on fresh random children measured for this only; None if there are none.
+    """
+
+    device: str
+    predictor: LatencyPredictor
+    num_children: int
+    num_failed: int
+    num_rejected: int
+    num_unstable: int
+    write_s: float
+    run_s: float
+    cross_validation: PredictionReport
+    holdout: PredictionReport | None
+
+    @property
+    def choice(self) -> str:
+        """What `auto` chose and why; empty for other kinds."""
+        return getattr(self.predictor, "choice", "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "device": self.device,
+            "kind": self.predictor.kind,
+            "choice": self.choice,
+            "num_children": self.num_children,
+            "num_failed": self.num_failed,
+            "num_rejected": self.num_rejected,
+            "num_unstable": self.num_unstable,
+            "write_s": self.write_s,
+            "run_s": self.run_s,
+            "cross_validation": asdict(self.cross_validation),
+            "holdout": self.holdout and asdict(self.holdout),
+        }
+
+
+def profile(
+    device: str | Path,
+    run: str | Path | None = None,
+    *,
+    children: int = 60,
+    holdout: int = 0,
+    space: str | Path | None = None,
+    kind: str = "auto",
+    seed: int = 0,
+    report: Report = silent,
+) -> Profile:
+    """Measure children on a device, and fit its latency predictor. What is measured already is not measured again.
+
+    Args:
+        device: a device's name or file.
+        run: the run folder.
+        children: how many to fit to, spread over the space, the smallest and biggest among them.
+        holdout: how many fresh random ones to test the predictor on.
+        space: for a run folder that holds no run yet: profile before training.
+        kind: of predictor.
+        seed: of the choice of children.
+        report: told the progress.
+
+    Raises:
+        InputError: unknown device, kind or space, no run, or numbers that make no sense.
+        DeviceError: the device cannot be used.
+    """
+    (made,) = profile_all(
+        [device], run, children=children, holdout=holdout, space=space, kind=kind, seed=seed, reports=[report]
+    )
+    if isinstance(made, DeviceError):
+        raise made
+    return made
+
+
+def profile_all(
+    devices: Sequence[str | Path],
+    run: str | Path | None = None,
+    *,
+    children: int = 60,
+    holdout: int = 0,
+    space: str | Path | None = None,
+    kind: str = "auto",
+    seed: int = 0,
+    reports: Sequence[Report] | None = None,
+) -> list[Profile | DeviceError]:
+    """Profile several devices at the same time, one measurement at a time on each machine: see `profile`.
+
+    A device that cannot be used does not keep the others.
+
+    Args:
+        devices: their names or files.
+        run: see `profile`, as for all others.
+        children: to fit to, the same on every device.
+        holdout: to test on.
+        space: a name or file.
+        kind: of predictor.
+        seed: of the choice of children.
+        reports: one for each device, called from a thread of its own.
+
+    Returns:
+        For each device its profile, or why it could not be used.
+
+    Raises:
+        InputError: unknown device, kind or space, no run, or numbers that make no sense.
+    """
+    if children < 5:
+        raise InputError(f"children={children}: at least 5 are needed to fit a predictor")
+    if holdout < 0:
+        raise InputError(f"holdout={holdout}: must be at least 0")
+    make_predictor(kind, SearchSpace.load("tiny"))  # refuses an unknown kind before an hour of measuring
+    opened = Run(run) if space is None else Run.create(run, _profile_only(run, space))
+    targets = [open_device(device, opened) for device in devices]
+    if len({target.name for target in targets}) < len(targets):
+        raise InputError(f"{', '.join(target.name for target in targets)}: a device is named twice")
+    chosen = choose_children(opened.space, children, np.random.default_rng([seed, 0]))
+    rng = np.random.default_rng([seed, 1])
+    fresh: list[Architecture] = []
+    while len(fresh) < min(holdout, opened.space.size() - len(chosen)):
+        arch = opened.space.sample(rng)
+        if arch not in fresh and arch not in chosen:
+            fresh.append(arch)
+    stop = Event()
+
+    def bench(target: Device, report: Report) -> DeviceError | None:
+        def told(before: int) -> Report:
+            def tell(done: float, total: float, note: str = "") -> None:
+                report(before + done, len(chosen) + len(fresh), note)
+                if stop.is_set():
+                    raise KeyboardInterrupt
+
+            return tell
+
+        try:
+            with target, opened.store() as store:
+                measure(chosen, opened.space, target, target.timing, store, role="fit", report=told(0))
+                measure(fresh, opened.space, target, target.timing, store, role="holdout", report=told(len(chosen)))
+        except DeviceError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(targets)) as threads:
+        done = [threads.submit(bench, *pair) for pair in zip(targets, reports or [silent] * len(targets), strict=True)]
+        try:
+            errors = [future.result() for future in done]
+        except BaseException:  # Ctrl-C: every thread ends after the child that it measures
+            stop.set()
+            raise
+    with opened.store() as store:
+        return [
+            _fit(opened, target.name, target.timing, store, kind) if error is None else error
+            for target, error in zip(targets, errors, strict=True)
+        ]
+
+
+def _profile_only(run: str | Path | None, space: str | Path) -> RunConfig:
+    known = Run.find(run)
+    if known is not None and known.config.data is not None:
+        raise InputError(f"{known.path}: has its space already: leave out --space")
+    return RunConfig(hwnas=__version__, space=SearchSpace.load(space))
+
+
+def fit(device: str | Path, run: str | Path | None = None, *, kind: str = "auto") -> Profile:
+    """Fit a device's latency predictor to what the run's database holds, and save it.
+
+    Raises:
+        InputError: unknown kind or device, or nothing measured on the device.
+        DeviceError: too little that was measured can be trusted.
+    """
+    opened = Run(run)
+    target = open_device(device, opened)
+    with opened.store() as store:
+        return _fit(opened, target.name, target.timing, store, kind)
+
+
+def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Profile:
+    """Finalists of searches count among the children that the predictor is fitted to; held-out ones never do."""
+    last = last_measurements(device, timing, store)
+    if not last:
+        raise InputError(f"nothing measured on {device!r} in {run.path}: run `hwnas profile --device {device}`")
+    used = [m for m in last if m.trusted]
+    train = [m for m in used if m.role != "holdout" and m.arch.resolution in run.space.resolution]
+    test = [m for m in used if m.role == "holdout"]
+    rejected = [m for m in last if m.rejection is not None]
+    if len(train) < 5 and rejected:
+        raise DeviceError(
+            f"device {device!r}: {len(rejected)} of {len(last)} children cannot be trusted, the last: "
+            f"{rejected[-1].rejection}: end what else runs there, or cool it, and profile again"
+        )
+    archs, latency_ms = [m.arch for m in train], [m.latency_ms for m in train]
+    predictor = make_predictor(kind, run.space).fit(archs, latency_ms)
+    validated = cross_validate(
+        lambda: make_predictor(kind, run.space), archs, latency_ms, folds=5, rng=np.random.default_rng(0)
+    )
+    tested = None
+    if test:
+        mean, std = predictor.predict([m.arch for m in test])
+        tested = prediction_report([m.latency_ms for m in test], mean, std)
+    predictor.save(run.predictor_path(device))
+    return Profile(
+        device=device,
+        predictor=predictor,
+        num_children=len(train),
+        num_failed=sum(m.error is not None for m in last),
+        num_rejected=len(rejected),
+        num_unstable=sum(m.unstable for m in [*train, *test]),
+        write_s=float(np.median([m.write_s for m in used])),
+        run_s=float(np.median([m.run_s for m in used])),
+        cross_validation=validated,
+        holdout=tested,
+    )
+
+
+def last_measurements(device: str, timing: Timing, store: Store, role: Role | None = None) -> list[Measurement]:
+    """The last measurement of each child on a device, all by the same protocol: the last one used there.
+
+    One that can be trusted goes before a later one that cannot.
+    """
+    found = store.measurements(device=device, timing=timing, role=role)
+    last: dict[Architecture, Measurement] = {}
+    for measurement in found:
+        before = last.get(measurement.arch)
+        if measurement.protocol == found[-1].protocol and (measurement.trusted or before is None or not before.trusted):
+            last[measurement.arch] = measurement
+    return list(last.values())
+
+
+def predict(
+    device: str, archs: Sequence[str | Path | Architecture], run: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """Predicted latencies of children on a device.
+
+    Args:
+        device: a device with a predictor in the run.
+        archs: architectures, `smallest`, `biggest`, or files (see `read_architecture`).
+        run: the run folder.
+
+    Returns:
+        For each child `architecture`, `predicted_ms` and `std_ms`.
+
+    Raises:
+        InputError: no predictor for the device yet, or an architecture outside the space.
+    """
+    opened = Run(run)
+    predictor = opened.predictor(device_name(device))
+    children = [opened.space.check(read_architecture(arch, opened.space)) for arch in archs]
+    mean, std = predictor.predict(children)
+    return [
+        {"architecture": arch.to_dict(), "predicted_ms": float(m), "std_ms": float(s)}
+        for arch, m, s in zip(children, mean, std, strict=True)
+    ]
