@@ -192,10 +192,11 @@ def steady_rounds(
 def throttled(rounds: Sequence[RunTimes]) -> NDArray[np.bool_]:
     """In which rounds the device slowed itself down, as far as it tells, (num_rounds,).
 
-    Its clock was more than a tenth below the highest in these rounds, or Android spoke of moderate throttling or more
-    (https://developer.android.com/reference/android/os/PowerManager#THERMAL_STATUS_MODERATE).
+    The clock that the system allows was more than a tenth below the highest in these rounds, or Android spoke of
+    moderate throttling or more (https://developer.android.com/reference/android/os/PowerManager). The clock itself says
+    less: it falls as soon as a program ends.
     """
-    mhz = np.asarray([times.facts.get("mhz", np.nan) for times in rounds], dtype=float)
+    mhz = np.asarray([times.facts.get("mhz_limit", np.nan) for times in rounds], dtype=float)
     status = np.asarray([times.facts.get("thermal_status", 0) for times in rounds])
     highest = np.nanmax(mhz) if np.isfinite(mhz).any() else np.inf
     return np.asarray((mhz < 0.9 * highest) & np.isfinite(mhz) | (status >= 2))

@@ -189,12 +189,12 @@ def test_throttled_rounds_are_repeated(store):
 
     device = FakeDevice(
         slowdown=lambda number: 1.5 if hot(number) else 1.0,
-        facts=lambda number: {"mhz": 1200 if hot(number) else 1800, "celsius": 81.5 if hot(number) else 60.0},
+        facts=lambda number: {"mhz_limit": 1200 if hot(number) else 1800, "celsius": 81.5 if hot(number) else 60.0},
     )
     for m in measure(children(4), SPACE, device, replace(QUICK, max_rounds=12), store):
         assert not m.unstable
         counted = [times for times, steady in zip(m.rounds, m.steady, strict=True) if steady]
-        assert {times.facts["mhz"] for times in counted} == {1800}
+        assert {times.facts["mhz_limit"] for times in counted} == {1800}
         assert m.latency_ms == pytest.approx(true_ms(m.arch), rel=0.03)
 
 

@@ -310,6 +310,8 @@ JETSON_STATE = """/proc/loadavg:0.58 0.40 0.29 2/581 91934
 /sys/class/thermal/thermal_zone2/temp:-256000
 /sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq:729600
 /sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq:2201600
+/sys/devices/system/cpu/cpu0/cpufreq/scaling_max_freq:1984000
+/sys/devices/system/cpu/cpu1/cpufreq/scaling_max_freq:2208000
 /sys/class/devfreq/15340000.vic/cur_freq:115200000
 /sys/class/devfreq/17000000.ga10b/cur_freq:306000000
 """
@@ -322,7 +324,26 @@ def test_what_a_jetson_is():
         "kernel": "5.15.148-tegra",
         "l4t": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64",
     }
-    assert Told(JETSON_STATE).state() == {"load": 0.58, "celsius": 48.562, "mhz": 2201.6, "gpu_mhz": 306.0}
+    assert Told(JETSON_STATE).state() == {
+        "load": 0.58,
+        "celsius": 48.562,
+        "mhz": 2201.6,
+        "mhz_limit": 2208,
+        "gpu_mhz": 306,
+    }
+
+
+def test_a_jetson_tells_its_power(near, tmp_path):
+    tool = tmp_path / "tegrastats"
+    tool.write_text(
+        "#!/bin/sh\n"
+        'while echo "RAM 1/2MB (lfb 1x4MB) CPU [1%@729,off] GR3D_FREQ 0% cpu@48.468C VDD_IN 4761mW/4778mW"; do\n'
+        "    sleep 0.1\ndone\n"
+    )
+    tool.chmod(0o755)
+    assert "power_mw" not in near.state()
+    done = near.run(["sh", "-c", f'PATH="{tmp_path}:$PATH"; {linux._STATE}'])
+    assert Told(done.stdout).state()["power_mw"] == 4761
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "/proc/loadavg:\n/x/temp:nan\n/y/temp:\n:\n", "board:\nprocessor::"])

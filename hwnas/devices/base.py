@@ -81,8 +81,9 @@ class RunTimes:
     Attributes:
         times_ms: wall time of each run, in order.
         preempted: whether the system took the processor away during that run (`ru_nivcsw` grew).
-        facts: the machine's state after it, as far as it tells: `cores`, `load`, `mhz` of the fastest core, `celsius`
-            of the hottest part, `thermal_status` (Android's: 0 none, 1 light, 2 moderate, ... throttling), ...
+        facts: the machine's state after it, as far as it tells: `cores`, `load`, `mhz` of the fastest core, `mhz_limit`
+            that the system allows it at the moment, `celsius` of the hottest part, `thermal_status` (Android's: 0 none,
+            1 light, 2 moderate, ... throttling), ...
         spread: inter-quartile range over median of the runs, where only their sum is known and `times_ms` is one
             value, their median or mean.
     """

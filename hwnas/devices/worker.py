@@ -103,6 +103,7 @@ def facts(cores: list[int]) -> dict[str, Any]:
         found["load"] = round(os.getloadavg()[0], 2)
     readings = {
         "mhz": [f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq" for core in cores],
+        "mhz_limit": [f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_max_freq" for core in cores],
         "celsius": [str(zone / "temp") for zone in Path("/sys/class/thermal").glob("thermal_zone*") if _real(zone)],
     }
     for name, files in readings.items():

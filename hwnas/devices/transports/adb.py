@@ -51,6 +51,8 @@ dumpsys thermalservice
 echo {_MARK}
 cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq
 echo {_MARK}
+cat /sys/devices/system/cpu/cpu*/cpufreq/scaling_max_freq
+echo {_MARK}
 cat /sys/class/thermal/thermal_zone*/temp"""
 _MAX_CELSIUS = 150.0  # a zone with more has no sensor
 
@@ -161,10 +163,12 @@ class Adb(Transport):
             DeviceError: the connection broke.
         """
         output = self.run(["sh", "-c", _STATE]).stdout
-        battery, thermal, clocks, zones = (output.split(_MARK) + [""] * 3)[:4]
+        battery, thermal, clocks, limits, zones = (output.split(_MARK) + [""] * 4)[:5]
         found = readings.battery(battery)
         if khz := _numbers(clocks):
             found["mhz"] = max(khz) / 1000
+        if khz := _numbers(limits):
+            found["mhz_limit"] = max(khz) / 1000
         if celsius := [value for value in (milli / 1000 for milli in _numbers(zones)) if value <= _MAX_CELSIUS]:
             found["celsius"] = max(celsius)
         found |= readings.thermal(thermal)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from hwnas.devices.readings import tegrastats
 from hwnas.devices.transports.base import Transport
 
 # Prints a line `name: value` for each thing that there is.
@@ -19,7 +20,9 @@ _ABOUT = (
 # Prints `file:line` for each line of the files that can be read.
 _STATE = (
     'grep -s "" /proc/loadavg /sys/class/thermal/thermal_zone*/type /sys/class/thermal/thermal_zone*/temp '
-    "/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq /sys/class/devfreq/*/cur_freq"
+    "/sys/devices/system/cpu/cpu*/cpufreq/scaling_[cm]*_freq /sys/class/devfreq/*/cur_freq; "
+    # A Jetson's own tool, which prints a line each 0.1 s, knows its power, too.
+    "if command -v tegrastats >/dev/null; then timeout 2 tegrastats --interval 100 | head -n 1; fi"
 )
 _GPU = re.compile(r"gpu|mali|\bg[a-z]\d\d[a-z]\b", re.IGNORECASE)  # 17000000.ga10b, 57000000.gpu, ff9a0000.mali
 
@@ -42,7 +45,9 @@ def about(transport: Transport) -> dict[str, str]:
 
 
 def state(transport: Transport) -> dict[str, Any]:
-    """A machine's state now: `load`, `celsius`, `mhz` (the fastest core), `gpu_mhz`; what it does not tell is absent.
+    """A machine's state now: `load`, `celsius`, `mhz` (the fastest core), `mhz_limit`, `gpu_mhz`, `power_mw` (Jetson).
+
+    What it does not tell is absent.
 
     Raises:
         DeviceError: it cannot be asked.
@@ -56,12 +61,20 @@ def state(transport: Transport) -> dict[str, Any]:
         "load": _numbers([text.split(" ")[0] for file, text in lines.items() if file == "/proc/loadavg"], 1),
         "celsius": _numbers([text for file, text in celsius.items() if file.rpartition("/")[0] not in unreal], 1e3),
         "mhz": _numbers([text for file, text in lines.items() if file.endswith("/scaling_cur_freq")], 1e3),
+        "mhz_limit": _numbers([text for file, text in lines.items() if file.endswith("/scaling_max_freq")], 1e3),
         "gpu_mhz": _numbers(
             [text for file, text in lines.items() if file.endswith("/cur_freq") and _GPU.search(file.split("/")[-2])],
             1e6,
         ),
     }
-    return {name: max(values) for name, values in readings.items() if values}
+    jetson = {
+        name: value
+        for line in done.stdout.splitlines()
+        if not line.startswith("/")
+        for name, value in tegrastats(line).items()
+        if name in ("celsius", "mhz", "gpu_mhz", "power_mw")
+    }
+    return jetson | {name: max(values) for name, values in readings.items() if values}
 
 
 def _numbers(texts: Sequence[str], unit: float) -> list[float]:
