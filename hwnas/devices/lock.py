@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +17,15 @@ HOST = "host"  # the address of this machine
 def exclusive(address: str) -> Iterator[None]:
     """Wait until no other thread or process of this user on this host holds an address, and hold it.
 
+    The locks are files in `$XDG_CACHE_HOME/hwnas/locks`, or `~/.cache/hwnas/locks`.
+
     Args:
         address: of the machine (`Device.address`).
     """
-    folder = Path(tempfile.gettempdir()) / f"hwnas-locks-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    name = hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hwnas" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Homes may be shared between hosts, each of which has its own idea of an address.
+    name = hashlib.sha256(f"{socket.gethostname()} {address}".encode()).hexdigest()[:16]
     with (folder / name).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a kill
         yield
