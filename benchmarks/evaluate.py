@@ -29,7 +29,7 @@ from hwnas import __version__
 from hwnas.data import Dataset, Split, load_dataset, resize
 from hwnas.evaluator import EvaluationProtocol, Evaluator
 from hwnas.network import batch_norms
-from hwnas.searcher import GENERATION
+from hwnas.searching.searcher import GENERATION
 from hwnas.space import Architecture, SearchSpace
 from hwnas.store import Store
 from hwnas.supernet import WEIGHTS, Supernet

@@ -19,8 +19,9 @@ from environment import heading
 
 from hwnas import __version__
 from hwnas.devices import load_device
-from hwnas.measure import choose_children, measure
 from hwnas.measurement import Measurement
+from hwnas.measuring.children import choose_children
+from hwnas.measuring.measure import measure
 from hwnas.predictors import cross_validate, make_predictor, report
 from hwnas.progress import reporting
 from hwnas.space import SearchSpace

@@ -22,8 +22,9 @@ from hwnas import __version__
 from hwnas.devices import load_spec
 from hwnas.errors import HwnasError
 from hwnas.exporters.base import exporter
-from hwnas.measure import choose_children, measure
 from hwnas.measurement import Measurement
+from hwnas.measuring.children import choose_children
+from hwnas.measuring.measure import measure
 from hwnas.progress import reporting
 from hwnas.space import SearchSpace
 from hwnas.store import Store

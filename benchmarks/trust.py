@@ -27,8 +27,9 @@ from scipy.stats import spearmanr
 
 from hwnas import __version__
 from hwnas.devices import load_device
-from hwnas.measure import choose_children, measure
 from hwnas.measurement import Measurement
+from hwnas.measuring.children import choose_children
+from hwnas.measuring.measure import measure
 from hwnas.progress import reporting
 from hwnas.space import SearchSpace
 from hwnas.store import Store

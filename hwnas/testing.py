@@ -180,7 +180,7 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
 
 
 class DeviceContract:
-    """What `hwnas.measure` relies on. Give it a fixture `device`."""
+    """What `hwnas.measuring.measure` relies on. Give it a fixture `device`."""
 
     @pytest.fixture
     def network(self, device: Device, tmp_path: Path) -> Path:

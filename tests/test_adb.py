@@ -22,7 +22,8 @@ from hwnas.devices import load_device
 from hwnas.devices.base import DeviceGoneError, Timing
 from hwnas.devices.transports.adb import Adb
 from hwnas.errors import DeviceError
-from hwnas.measure import choose_children, measure
+from hwnas.measuring.children import choose_children
+from hwnas.measuring.measure import measure
 from hwnas.run import Run
 from hwnas.store import Store
 from hwnas.testing import DeviceContract, tiny_space

@@ -14,8 +14,8 @@ from hwnas.cli import main
 from hwnas.devices import device_files, load_device, load_spec, user_folder
 from hwnas.devices.base import Check, Timing
 from hwnas.devices.worker_device import WorkerDevice
-from hwnas.diagnose import diagnose
 from hwnas.errors import DeviceError, InputError
+from hwnas.measuring.diagnose import diagnose
 from hwnas.testing import QUICK, DeviceContract, FakeDevice, tiny_space
 
 CATALOGUE = Path(str(hwnas.__file__)).parent / "devices" / "catalog"

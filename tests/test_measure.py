@@ -16,7 +16,8 @@ from hwnas.devices import load_device
 from hwnas.devices.base import DeviceGoneError, Timing
 from hwnas.errors import DeviceError
 from hwnas.layers import lower, total_macs
-from hwnas.measure import choose_children, measure, reference_child
+from hwnas.measuring.children import choose_children, reference_child
+from hwnas.measuring.measure import measure
 from hwnas.space import SearchSpace
 from hwnas.store import Store
 from hwnas.testing import QUICK, FakeDevice, fake_latency_ms, tiny_space

@@ -39,19 +39,16 @@ STANDS_ON = {
     "devices": ["layers", "files"],
     "measurement": ["devices"],
     "store": ["measurement"],
-    "measure": ["exporters", "store", "progress"],
-    "diagnose": ["measure"],
+    "measuring": ["exporters", "store", "progress"],
     "predictors": ["layers", "files"],
     # searching
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
-    "limits": ["predictors"],
-    "strategies": ["space"],
-    "searcher": ["limits", "strategies", "measurement", "progress"],
+    "searching": ["predictors", "measurement", "progress"],
     # what users call
     "bundle": ["exporters", "network"],
     "run": ["predictors", "store", "training"],
-    "testing": ["measure"],
-    "api": ["run", "searcher", "measure", "diagnose", "bundle"],
+    "testing": ["measuring"],
+    "api": ["run", "searching", "measuring", "bundle"],
     "cli": ["api"],
     "__main__": ["cli"],
 }
@@ -66,11 +63,9 @@ WITHOUT_TORCH = (
     "exporters",
     "devices",
     "store",
-    "measure",
+    "measuring",
     "run",
-    "limits",
-    "strategies",
-    "searcher",
+    "searching",
     "api",
 )
 

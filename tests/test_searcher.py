@@ -8,12 +8,12 @@ import pytest
 from hwnas.devices.base import RunTimes, Timing
 from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs
-from hwnas.limits import REPEATABILITY, LatencyLimit
 from hwnas.measurement import Measurement
 from hwnas.predictors import make_predictor
-from hwnas.searcher import Candidate, Result, Searcher, pareto_front
+from hwnas.searching.limits import REPEATABILITY, LatencyLimit
+from hwnas.searching.searcher import Candidate, Result, Searcher, pareto_front
+from hwnas.searching.strategies import Scored
 from hwnas.space import Architecture, SearchSpace
-from hwnas.strategies import Scored
 
 SPACE = SearchSpace.load("tiny", resolution=[16, 20, 24, 28])
 

@@ -3,9 +3,9 @@ import pytest
 
 from hwnas.errors import InputError
 from hwnas.layers import LayerSums
-from hwnas.limits import MacsLimit
+from hwnas.searching.limits import MacsLimit
+from hwnas.searching.strategies import CoarseToFine, RandomSearch, Scored, Strategy
 from hwnas.space import Architecture, SearchSpace
-from hwnas.strategies import CoarseToFine, RandomSearch, Scored, Strategy
 
 SPACE = SearchSpace.load("tiny", resolution=[16, 20, 24, 28])
 MACS = LayerSums(SPACE, lambda layer: (layer.macs,))

@@ -14,9 +14,9 @@ import yaml
 
 from hwnas.devices import Device, device_files, load_device, load_spec, user_folder
 from hwnas.devices.base import Check
-from hwnas.diagnose import diagnose
 from hwnas.errors import InputError
 from hwnas.files import write_text
+from hwnas.measuring.diagnose import diagnose
 from hwnas.run import Run
 from hwnas.space import SearchSpace
 

@@ -15,7 +15,7 @@ from hwnas.api.evaluating import open_evaluator
 from hwnas.config import read_json
 from hwnas.devices import Device
 from hwnas.errors import DeviceError, InputError
-from hwnas.measure import measure
+from hwnas.measuring.measure import measure
 from hwnas.progress import Notice, unheard
 from hwnas.run import Run
 from hwnas.space import Architecture
@@ -24,7 +24,7 @@ from hwnas.store import Store
 if TYPE_CHECKING:
     from hwnas.data.torch_dataset import TorchDatasets
     from hwnas.exporters.base import Artifact
-    from hwnas.searcher import Result
+    from hwnas.searching.searcher import Result
 
 
 def export(
@@ -142,7 +142,7 @@ def _measure_file(run: Run, arch: Architecture, device: Device, store: Store, fi
 
 
 def _result(run: Run, name: str | None) -> tuple[str, Result]:
-    from hwnas.searcher import Result
+    from hwnas.searching.searcher import Result
 
     paths = sorted((run.path / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not paths:

@@ -17,8 +17,9 @@ from hwnas.api.costs import read_architecture
 from hwnas.devices import Device, device_name
 from hwnas.devices.base import Timing
 from hwnas.errors import DeviceError, InputError
-from hwnas.measure import choose_children, measure
 from hwnas.measurement import Measurement, Role
+from hwnas.measuring.children import choose_children
+from hwnas.measuring.measure import measure
 from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, make_predictor
 from hwnas.predictors import report as prediction_report
 from hwnas.progress import Report, silent

@@ -13,13 +13,13 @@ from hwnas.api.evaluating import open_evaluator
 from hwnas.api.profiling import last_measurements
 from hwnas.devices import device_name
 from hwnas.files import write_text
-from hwnas.measure import measure
+from hwnas.measuring.measure import measure
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.run import Run
 
 if TYPE_CHECKING:
     from hwnas.data.torch_dataset import TorchDatasets
-    from hwnas.searcher import Result
+    from hwnas.searching.searcher import Result
 
 
 def search(
@@ -56,8 +56,8 @@ def search(
         LimitError: no child keeps the limit.
         DeviceError: the device cannot be used.
     """
-    from hwnas.searcher import Searcher
-    from hwnas.strategies import Scored
+    from hwnas.searching.searcher import Searcher
+    from hwnas.searching.strategies import Scored
 
     opened = Run(run)
     predictor = opened.predictor(device_name(device))

@@ -141,8 +141,8 @@ class Check:
 class Device(ABC):
     """Something that times network files.
 
-    `hwnas.measure` asks for `versions` once, then calls `run` for a child's file and a reference's in turns. It is a
-    context manager, which calls `close` at the end; what `run` needs is opened at its first call.
+    `hwnas.measuring.measure` asks for `versions` once, then calls `run` for a child's file and a reference's in turns.
+    It is a context manager, which calls `close` at the end; what `run` needs is opened at its first call.
 
     Attributes:
         name: as the user writes it.

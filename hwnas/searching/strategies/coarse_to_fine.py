@@ -8,8 +8,8 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
+from hwnas.searching.strategies.base import Scored, Strategy
 from hwnas.space import Architecture, Genes, SearchSpace
-from hwnas.strategies.base import Scored, Strategy
 
 MUTATIONS = 128  # drawn at once
 ROUNDS = 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hwnas.searching.strategies.base import Scored, Strategy
 from hwnas.space import Architecture
-from hwnas.strategies.base import Scored, Strategy
 
 DRAWS = 4096
 ROUNDS = 50

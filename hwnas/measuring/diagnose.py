@@ -14,7 +14,7 @@ from hwnas.devices.lock import exclusive
 from hwnas.errors import DeviceError, ExportError
 from hwnas.exporters.base import exporter, random_tensors
 from hwnas.layers import lower
-from hwnas.measure import reference_child
+from hwnas.measuring.children import reference_child
 from hwnas.space import SearchSpace
 
 

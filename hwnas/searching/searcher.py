@@ -14,12 +14,12 @@ from optuna.distributions import BaseDistribution, IntDistribution
 
 from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs, total_params
-from hwnas.limits import LatencyLimit
 from hwnas.measurement import Measurement
 from hwnas.predictors import LatencyPredictor
 from hwnas.progress import Report, silent
+from hwnas.searching.limits import LatencyLimit
+from hwnas.searching.strategies import CoarseToFine, RandomSearch, Scored, Strategy
 from hwnas.space import Architecture, SearchSpace
-from hwnas.strategies import CoarseToFine, RandomSearch, Scored, Strategy
 
 FINALISTS = 4  # measured at a time
 GENERATION = 2  # children proposed, and evaluated, at a time; on every machine, so that all find the same
