@@ -50,7 +50,7 @@ STANDS_ON = {
     # what users call
     "bundle": ["exporters", "network"],
     "run": ["predictors", "store", "training"],
-    "testing": ["measure"],
+    "testing": ["measure", "network"],
     "api": ["run", "searcher", "measure", "diagnose", "bundle"],
     "cli": ["api"],
     "__main__": ["cli"],
