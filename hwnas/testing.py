@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 
 from hwnas.devices.base import Device, RunTimes, Timing
 from hwnas.errors import DeviceError, ExportError
@@ -26,6 +27,11 @@ from hwnas.exporters.base import Exporter, exporter, random_tensors
 from hwnas.files import parts
 from hwnas.layers import IMAGE, Kind, Layer, lower, total_macs
 from hwnas.space import Activation, SearchSpace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hwnas.network import Network
 
 QUICK = Timing(warmup_s=0, min_duration_s=0, rounds=2, max_rounds=4, timeout_s=20)
 
@@ -176,6 +182,93 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
     return tuple(layers.values())
 
 
+# -------------------------------------------------------------------- networks to compare with
+
+
+def random_images(layers: Sequence[Layer], count: int, seed: int) -> NDArray[np.float32]:
+    """Normal noise for a network's input, (count, in_channels, resolution, resolution).
+
+    Half its variance is that of pixels, half that of a grid of 4 x 4 fields, which is not lost in pooling.
+    """
+    rng, size = np.random.default_rng(seed), layers[0].in_size
+    shape = (count, layers[0].in_channels)
+    fields = rng.standard_normal((*shape, 4, 4), dtype=np.float32)
+    field = np.arange(size) * 4 // size
+    images = rng.standard_normal((*shape, size, size), dtype=np.float32)
+    images += fields[:, :, field[:, None], field]
+    return images / np.float32(np.sqrt(2))
+
+
+def trained_network(layers: Sequence[Layer]) -> Network:
+    """A network in evaluation mode, without gradients, whose batch norms have seen random images.
+
+    With arbitrary statistics its own rounding errors would grow from layer to layer. Needs torch.
+    """
+    import torch
+
+    from hwnas.network import Network, batch_norms, initialise
+
+    network = Network(layers).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    initialise(layers, network.state_dict(), generator)
+    for norm in batch_norms(network):
+        norm.momentum = None  # the plain average
+        norm.weight.uniform_(0.5, 1.5, generator=generator)
+        norm.bias.uniform_(-0.5, 0.5, generator=generator)
+    network(torch.from_numpy(random_images(layers, 8, seed=0)))
+    return network.eval()
+
+
+def tensors_with_ranges(
+    layers: Sequence[Layer], network: Network, images: NDArray[np.float32]
+) -> dict[str, NDArray[Any]]:
+    """What `Exporter.write` gets in every precision: a network's tensors and, for int8, the ranges of its values.
+
+    Args:
+        layers: of the network.
+        network: in evaluation mode.
+        images: (num_images, in_channels, resolution, resolution), on which the ranges are those of its values.
+
+    Returns:
+        The tensors by their names, and `image.range`, `{layer}.range` and `{layer}.preactivation.range`, (2,) each.
+    """
+    import torch
+
+    from hwnas.network import function, run
+
+    state = network.state_dict()
+    tensors = {name: tensor.numpy() for name, tensor in state.items()}
+
+    def note(name: str, values: Tensor) -> Tensor:
+        tensors[f"{name}.range"] = np.array([values.min(), values.max()], dtype=np.float32)
+        return values
+
+    def call(layer: Layer, *inputs: Tensor) -> Tensor:
+        if layer.activation:
+            note(f"{layer.name}.preactivation", function(replace(layer, activation=None), state, False, *inputs))
+        return note(layer.name, function(layer, state, False, *inputs))
+
+    run(layers, call, note(IMAGE, torch.from_numpy(images)))
+    return tensors
+
+
+def largest_difference(exporter: Exporter, layers: Sequence[Layer], path: Path) -> float:
+    """Between the logits of a network's file and its own, relative to the largest logit.
+
+    Args:
+        exporter: writes the file and runs it.
+        layers: of the network; see `trained_network`.
+        path: the file to write.
+    """
+    import torch
+
+    network, images = trained_network(layers), random_images(layers, 2, seed=1)
+    exporter.write(layers, tensors_with_ranges(layers, network, images), path)
+    expected = network(torch.from_numpy(images)).numpy()
+    assert np.ptp(expected) > 0
+    return float(np.abs(exporter.infer(path, images) - expected).max() / np.abs(expected).max())
+
+
 # -------------------------------------------------------------------- contracts
 
 
@@ -237,7 +330,10 @@ class DeviceContract:
 
 
 class ExporterContract:
-    """What profiling and the parity check rely on. Give it a fixture `exporter`."""
+    """What profiling and the parity check rely on.
+
+    Give it a fixture `exporter`. Where a format has several precisions, these are the fixture's parameters.
+    """
 
     @staticmethod
     def space() -> SearchSpace:
@@ -288,3 +384,23 @@ class ExporterContract:
         path.write_bytes(b"no network")
         with pytest.raises(ExportError):
             exporter.infer(path, np.zeros((1, 1, 28, 28), dtype=np.float32))
+
+    @pytest.mark.parametrize("exporter", ["fp32"], indirect=True)
+    @pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
+    @pytest.mark.parametrize("resolution", [33, 62])
+    def test_computes_what_the_network_does(
+        self, exporter: Exporter, name: str, resolution: int, tmp_path: Path
+    ) -> None:
+        """In fp32, in every space, also where feature maps have odd sides."""
+        space = SearchSpace.load(name, num_classes=10)
+        for arch in (space.smallest(), space.sample(np.random.default_rng(resolution))):
+            layers = lower(space, replace(arch, resolution=resolution))
+            assert largest_difference(exporter, layers, tmp_path / f"model{exporter.suffix}") < 2e-5
+
+    @pytest.mark.parametrize("exporter", ["fp32"], indirect=True)
+    @pytest.mark.parametrize("activation", get_args(Activation))
+    def test_activations(self, exporter: Exporter, activation: Activation, tmp_path: Path) -> None:
+        """Each of those that a space can have, in fp32."""
+        space = replace(self.space(), activation=activation)
+        layers = lower(space, space.smallest())
+        assert largest_difference(exporter, layers, tmp_path / f"model{exporter.suffix}") < 1e-5

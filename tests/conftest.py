@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,10 @@ def _run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the developer's own run folder, or devices."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("HWNAS_RUN", str(tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Also after a test that changed torch's threads, and whatever the environment says."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)

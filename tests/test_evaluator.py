@@ -87,7 +87,7 @@ def test_other_weights_are_another_evaluation(data, store):
 
 def test_many_at_a_time_are_as_one_by_one(data, store, tmp_path):
     archs = children(7)
-    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     one = Evaluator(make_supernet(), data, PROTOCOL, workers=1)
     expected = [one.accuracy(arch, store) for arch in archs]
     told = []
@@ -98,7 +98,7 @@ def test_many_at_a_time_are_as_one_by_one(data, store, tmp_path):
         assert told == [(number, 7) for number in range(1, 8)]
         assert many.accuracies(archs[:3], other) == expected[:3]
         assert [round(known.accuracy, 9) for known in other.evaluations(*which(many, other))]
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
     assert not evaluating()
     assert len(set(expected)) > 3
 

@@ -15,20 +15,18 @@ from hwnas.errors import DeviceError, ExportError
 from hwnas.exporters.base import exporter, random_tensors
 from hwnas.exporters.executorch import ExecutorchExporter
 from hwnas.layers import Layer, lower
-from hwnas.network import Network, batch_norms, initialise
 from hwnas.space import SearchSpace
-from hwnas.testing import QUICK, DeviceContract, ExporterContract, tiny_space
+from hwnas.testing import (
+    QUICK,
+    DeviceContract,
+    ExporterContract,
+    random_images,
+    tensors_with_ranges,
+    tiny_space,
+    trained_network,
+)
 
 pytest.importorskip("executorch")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Several are ten times slower where other tests run at the same time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class TestExecutorchExporter(ExporterContract):
@@ -54,56 +52,10 @@ class TestBindings(DeviceContract):
 # -------------------------------------------------------------------- what the files compute
 
 
-def trained(layers):
-    """A network whose batch norms have seen something: with arbitrary statistics its own rounding errors grow."""
-    network = Network(layers)
-    generator = torch.Generator().manual_seed(0)
-    initialise(layers, network.state_dict(), generator)
-    for norm in batch_norms(network):
-        norm.momentum = None
-        with torch.no_grad():
-            norm.weight.uniform_(0.5, 1.5, generator=generator)
-            norm.bias.uniform_(-0.5, 0.5, generator=generator)
-    with torch.no_grad():
-        network(images_for(layers, 8, generator))
-    return network.eval()
-
-
-def images_for(layers, count, generator):
-    first = layers[0]
-    return torch.randn(count, first.in_channels, first.in_size, first.in_size, generator=generator)
-
-
 def write(layers, tensors, folder):
     path = folder / "model.pte"
     ExecutorchExporter().write(layers, tensors, path)
     return path
-
-
-def assert_computes_the_same(network, layers, folder):
-    path = write(layers, {name: tensor.numpy() for name, tensor in network.state_dict().items()}, folder)
-    images = images_for(layers, 2, torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = network(images).numpy()
-    assert np.ptp(expected) > 0
-    found = ExecutorchExporter().infer(path, images.numpy())
-    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
-@pytest.mark.parametrize("resolution", [33, 62])
-def test_computes_what_the_network_does(name, resolution, tmp_path):
-    space = SearchSpace.load(name, num_classes=10)
-    for arch in (space.smallest(), space.sample(np.random.default_rng(resolution))):
-        layers = lower(space, replace(arch, resolution=resolution))
-        assert_computes_the_same(trained(layers), layers, tmp_path)
-
-
-@pytest.mark.parametrize("activation", ["relu", "swish", "h-swish", "sigmoid", "h-sigmoid"])
-def test_activations(activation, tmp_path):
-    space = replace(tiny_space(), activation=activation)
-    layers = lower(space, space.smallest())
-    assert_computes_the_same(trained(layers), layers, tmp_path)
 
 
 def test_h_sigmoid_ends_where_it_should(tmp_path):
@@ -139,7 +91,7 @@ def test_average_pool_of_every_size(size, tmp_path):
 def test_networks_of_one_process_keep_their_weights(tmp_path):
     space = tiny_space()
     layers = lower(space, space.smallest())
-    images = images_for(layers, 1, torch.Generator().manual_seed(0)).numpy()
+    images = random_images(layers, 1, seed=0)
     paths = [tmp_path / f"{seed}.pte" for seed in range(2)]
     for seed, path in enumerate(paths):
         ExecutorchExporter().write(layers, random_tensors(layers, np.random.default_rng(seed)), path)
@@ -181,7 +133,7 @@ def test_running_leaves_the_input_alone(network, layers):
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(network).load_method("forward")._method
-    method.set_inputs([images_for(layers, 1, torch.Generator().manual_seed(0))])
+    method.set_inputs([torch.from_numpy(random_images(layers, 1, seed=0))])
     method.execute()
     first = method.get_outputs()[0].numpy()
     method.execute()
@@ -231,8 +183,9 @@ def test_is_what_the_usual_road_writes(tmp_path, monkeypatch):
     # writes six operators in place of a clamp. The stem of grey images it calls depthwise.
     space = replace(SearchSpace.load("tiny", num_classes=10), shortcut="identity", activation="h-swish")
     layers = lower(space, space.smallest())
-    network = trained(layers)
-    images = images_for(layers, 1, torch.Generator().manual_seed(1))
+    network = trained_network(layers)
+    images = random_images(layers, 1, seed=1)
+    inputs = (torch.from_numpy(images),)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from executorch.backends.xnnpack import xnnpack_preprocess
@@ -253,11 +206,11 @@ def test_is_what_the_usual_road_writes(tmp_path, monkeypatch):
 
         for module in (xnnpack_preprocess, xnnpack_graph_serialize):
             monkeypatch.setattr(module, "serialize_xnnpack_binary", spy)
-        exported = torch.export.export(network, (images,))
+        exported = torch.export.export(network, inputs)
         usual = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
-        expected = Runtime.get().load_program(usual.buffer).load_method("forward").execute([images])[0].numpy()
-    path = write(layers, {name: tensor.numpy() for name, tensor in network.state_dict().items()}, tmp_path)
-    np.testing.assert_allclose(ExecutorchExporter().infer(path, images.numpy()), expected, rtol=1e-4, atol=1e-5)
+        expected = Runtime.get().load_program(usual.buffer).load_method("forward").execute(inputs)[0].numpy()
+    path = write(layers, tensors_with_ranges(layers, network, images), tmp_path)
+    np.testing.assert_allclose(ExecutorchExporter().infer(path, images), expected, rtol=1e-4, atol=1e-5)
     usual_kinds, ours = kinds
     # It turns the pooled features, of one pixel, to torch's layout and back.
     assert usual_kinds.pop("XNNStaticTranspose") >= ours.pop("XNNStaticTranspose") == 1

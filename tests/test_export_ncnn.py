@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,98 +22,25 @@ from hwnas.errors import DeviceError, ExportError, InputError
 from hwnas.exporters.base import exporter, folded, random_tensors
 from hwnas.exporters.ncnn import NcnnExporter
 from hwnas.layers import Layer, lower
-from hwnas.network import Network, batch_norms, function, initialise, run
-from hwnas.space import SearchSpace
-from hwnas.testing import QUICK, DeviceContract, ExporterContract, tiny_space
+from hwnas.network import function, run
+from hwnas.space import Activation, SearchSpace
+from hwnas.testing import (
+    QUICK,
+    DeviceContract,
+    ExporterContract,
+    random_images,
+    tensors_with_ranges,
+    tiny_space,
+    trained_network,
+)
 
 ncnn = pytest.importorskip("ncnn", reason="ncnn is not installed: pip install 'hwnas[ncnn]'")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Several are ten times slower where other tests run at the same time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class TestNcnnExporter(ExporterContract):
     @pytest.fixture(params=["fp32", "int8"])
     def exporter(self, request):
         return exporter("ncnn", request.param)
-
-
-# -------------------------------------------------------------------- parity
-
-
-def trained(layers):
-    """A network whose batch norms have seen something, and images of the kind that they saw."""
-    network = Network(layers)
-    generator = torch.Generator().manual_seed(0)
-    initialise(layers, network.state_dict(), generator)
-    for norm in batch_norms(network):
-        norm.momentum = None
-        with torch.no_grad():
-            norm.weight.uniform_(0.5, 1.5, generator=generator)
-            norm.bias.uniform_(-0.5, 0.5, generator=generator)
-    first = layers[0]
-    images = torch.randn(8, first.in_channels, first.in_size, first.in_size, generator=generator)
-    with torch.no_grad():
-        network(images)
-    return network.eval(), images
-
-
-def with_ranges(layers, network, images):
-    """The network's tensors, and what its layers put out on these images."""
-    state = network.state_dict()
-    tensors = {name: tensor.numpy() for name, tensor in state.items()}
-
-    def note(name, values):
-        tensors[f"{name}.range"] = np.array([values.min(), values.max()], dtype=np.float32)
-        return values
-
-    note("image", images)
-    with torch.no_grad():
-        run(layers, lambda layer, *inputs: note(layer.name, function(layer, state, False, *inputs)), images)
-    return tensors
-
-
-def logits_of_both(layers, tmp_path, precision="fp32"):
-    """Of the file and of the network, (8, num_classes)."""
-    network, images = trained(layers)
-    writer, path = NcnnExporter(precision), tmp_path / "model.param"
-    writer.write(layers, with_ranges(layers, network, images), path)
-    with torch.no_grad():
-        expected = network(images).numpy()
-    assert np.ptp(expected) > 0
-    return writer.infer(path, images.numpy()), expected
-
-
-def largest_difference(layers, tmp_path):
-    """Of the logits of file and network, relative to the largest logit."""
-    found, expected = logits_of_both(layers, tmp_path)
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
-SPACES = ["bignas", "attentivenas", "ofa-mbv3", "tiny"]
-
-
-@pytest.mark.parametrize("name", SPACES)
-@pytest.mark.parametrize("resolution", [33, 62])
-def test_computes_what_the_network_does(name, resolution, tmp_path):
-    space = SearchSpace.load(name, num_classes=10)
-    for arch in (space.smallest(), space.sample(np.random.default_rng(resolution))):
-        assert largest_difference(lower(space, replace(arch, resolution=resolution)), tmp_path) < 1e-4
-
-
-ACTIVATIONS = ["relu", "swish", "h-swish", "sigmoid", "h-sigmoid"]
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation, tmp_path):
-    space = replace(tiny_space(), activation=activation)
-    assert largest_difference(lower(space, space.smallest()), tmp_path) < 1e-4
 
 
 # -------------------------------------------------------------------- int8
@@ -140,8 +68,18 @@ def quantised(layers, tensors, images):
             changed[f"{name}.bias"] = torch.from_numpy(bias.astype(np.float32))
         return function(replace(layer, norm=False), changed, False, x)
 
-    with torch.no_grad():
-        return run(layers, call, images).numpy()
+    return run(layers, call, images).numpy()
+
+
+def int8_logits(layers, path):
+    """Of the file, of the ideal int8, and of the network, (8, num_classes); the ranges are those of the images."""
+    network, images = trained_network(layers), random_images(layers, 8, seed=1)
+    tensors = tensors_with_ranges(layers, network, images)
+    NcnnExporter("int8").write(layers, tensors, path)
+    inputs = torch.from_numpy(images)
+    expected = network(inputs).numpy()
+    assert np.ptp(expected) > 0
+    return NcnnExporter("int8").infer(path, images), quantised(layers, tensors, inputs), expected
 
 
 # ncnn's depthwise kernels for x86 divide by the scales with rcpps, which is that inexact (Intel: 1.5 * 2**-12).
@@ -157,7 +95,7 @@ def conv(name, source, channels, size, **options):
     return Layer(name=name, kind="conv", inputs=(source,), **options)
 
 
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("activation", [None, *get_args(Activation)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -170,14 +108,8 @@ def conv(name, source, channels, size, **options):
 )
 def test_int8_of_one_convolution(options, activation, tmp_path):
     layers = (conv("a", "image", 16, 11, activation=activation, **options),)
-    network, images = trained(layers)
-    tensors = with_ranges(layers, network, images)
-    NcnnExporter("int8").write(layers, tensors, tmp_path / "m.param")
-    found, expected = (
-        NcnnExporter("int8").infer(tmp_path / "m.param", images.numpy()),
-        quantised(layers, tensors, images),
-    )
-    np.testing.assert_allclose(found, expected, atol=RECIPROCAL * np.abs(expected).max())
+    found, ideal, _ = int8_logits(layers, tmp_path / "m.param")
+    np.testing.assert_allclose(found, ideal, atol=RECIPROCAL * np.abs(ideal).max())
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "h-swish"])
@@ -187,25 +119,20 @@ def test_int8_stays_int8_between_convolutions(activation, tmp_path):
         conv("b", "a", 16, 11, kernel=5, groups=16, activation=activation),
         conv("c", "b", 16, 11),
     )
-    network, images = trained(layers)
-    tensors = with_ranges(layers, network, images)
-    NcnnExporter("int8").write(layers, tensors, tmp_path / "m.param")
+    found, ideal, _ = int8_logits(layers, tmp_path / "m.param")
     lines = (tmp_path / "m.param").read_text().splitlines()
     assert re.findall(r" 8=(\d+)", "".join(lines)) == ["102", "101", "2"]
-    found, expected = (
-        NcnnExporter("int8").infer(tmp_path / "m.param", images.numpy()),
-        quantised(layers, tensors, images),
-    )
     # A value that lies between two integers may go either way, and changes what it is part of.
-    assert np.mean(np.abs(found - expected) > RECIPROCAL * np.abs(expected).max()) < 0.05
-    assert correlation(found, expected) > 0.9999
+    assert np.mean(np.abs(found - ideal) > RECIPROCAL * np.abs(ideal).max()) < 0.05
+    assert correlation(found, ideal) > 0.9999
 
 
 @pytest.mark.parametrize("resolution", [33, 62])
 def test_int8_computes_nearly_what_the_network_does(resolution, tmp_path):
     space = SearchSpace.load("tiny", num_classes=10)
     for arch in (space.smallest(), space.sample(np.random.default_rng(resolution))):
-        found, expected = logits_of_both(lower(space, replace(arch, resolution=resolution)), tmp_path, "int8")
+        layers = lower(space, replace(arch, resolution=resolution))
+        found, _, expected = int8_logits(layers, tmp_path / "m.param")
         assert correlation(found, expected) > 0.99
         assert np.abs(found - expected).max() > 1e-3 * np.abs(expected).max()  # it is not float32
 
@@ -215,13 +142,8 @@ def test_int8_is_as_near_as_rounding_allows(name, tmp_path):
     """Deep networks that were never trained magnify every rounding: the ideal int8 is as far away."""
     space = SearchSpace.load(name, num_classes=10)
     layers = lower(space, replace(space.sample(np.random.default_rng(0)), resolution=33))
-    network, images = trained(layers)
-    tensors = with_ranges(layers, network, images)
-    NcnnExporter("int8").write(layers, tensors, tmp_path / "m.param")
-    found = NcnnExporter("int8").infer(tmp_path / "m.param", images.numpy())
-    with torch.no_grad():
-        expected = network(images).numpy()
-    assert 1 - correlation(found, expected) < 2 * (1 - correlation(quantised(layers, tensors, images), expected))
+    found, ideal, expected = int8_logits(layers, tmp_path / "m.param")
+    assert 1 - correlation(found, expected) < 2 * (1 - correlation(ideal, expected))
 
 
 # -------------------------------------------------------------------- single layers

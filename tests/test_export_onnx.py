@@ -13,70 +13,14 @@ from hwnas.errors import ExportError, InputError
 from hwnas.exporters.base import exporter, formats, random_tensors
 from hwnas.exporters.onnx import OnnxExporter, onnx_model
 from hwnas.layers import Layer, lower
-from hwnas.network import Network, batch_norms, initialise
 from hwnas.space import SearchSpace
 from hwnas.testing import ExporterContract, read_layers, tiny_space
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Several are ten times slower where other tests run at the same time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class TestOnnxExporter(ExporterContract):
-    @pytest.fixture
-    def exporter(self):
-        return exporter("onnx")
-
-
-def trained(layers):
-    """A network whose batch norms have seen something: with arbitrary statistics its own rounding errors grow."""
-    network = Network(layers)
-    generator = torch.Generator().manual_seed(0)
-    initialise(layers, network.state_dict(), generator)
-    for norm in batch_norms(network):
-        norm.momentum = None
-        with torch.no_grad():
-            norm.weight.uniform_(0.5, 1.5, generator=generator)
-            norm.bias.uniform_(-0.5, 0.5, generator=generator)
-    first = layers[0]
-    with torch.no_grad():
-        network(torch.randn(8, first.in_channels, first.in_size, first.in_size, generator=generator))
-    return network.eval()
-
-
-def largest_difference(layers, tmp_path):
-    """Of the logits of file and network, relative to the largest logit."""
-    network = trained(layers)
-    path = tmp_path / "model.onnx"
-    tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-    OnnxExporter().write(layers, tensors, path)
-    first = layers[0]
-    images = torch.randn(2, first.in_channels, first.in_size, first.in_size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = network(images).numpy()
-    found = OnnxExporter().infer(path, images.numpy())
-    assert np.ptp(expected) > 0
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
-@pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
-@pytest.mark.parametrize("resolution", [33, 62])
-def test_computes_what_the_network_does(name, resolution, tmp_path):
-    space = SearchSpace.load(name, num_classes=10)
-    for arch in (space.smallest(), space.sample(np.random.default_rng(resolution))):
-        layers = lower(space, replace(arch, resolution=resolution))
-        assert largest_difference(layers, tmp_path) < 1e-4
-
-
-@pytest.mark.parametrize("activation", ["relu", "swish", "h-swish", "sigmoid", "h-sigmoid"])
-def test_activations(activation, tmp_path):
-    space = replace(tiny_space(), activation=activation)
-    assert largest_difference(lower(space, space.smallest()), tmp_path) < 1e-4
+    @pytest.fixture(params=OnnxExporter.precisions)
+    def exporter(self, request):
+        return exporter("onnx", request.param)
 
 
 @pytest.mark.parametrize("size", range(1, 12))

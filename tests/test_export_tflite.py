@@ -15,21 +15,20 @@ from hwnas.errors import ExportError, InputError
 from hwnas.exporters.base import exporter, random_tensors
 from hwnas.exporters.tflite import TfliteExporter
 from hwnas.layers import IMAGE, Layer, lower
-from hwnas.network import Network, batch_norms, function, initialise, run
 from hwnas.space import SearchSpace
-from hwnas.testing import QUICK, DeviceContract, ExporterContract, tiny_space
+from hwnas.testing import (
+    QUICK,
+    DeviceContract,
+    ExporterContract,
+    largest_difference,
+    random_images,
+    tensors_with_ranges,
+    tiny_space,
+    trained_network,
+)
 
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs hwnas[litert]")
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Several are ten times slower where other tests run at the same time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -51,78 +50,7 @@ class TestLiteRt(DeviceContract):
             yield device
 
 
-def trained(layers):
-    """A network whose batch norms have seen something: with arbitrary statistics its own rounding errors grow."""
-    network = Network(layers)
-    generator = torch.Generator().manual_seed(0)
-    initialise(layers, network.state_dict(), generator)
-    for norm in batch_norms(network):
-        norm.momentum = None
-        with torch.no_grad():
-            norm.weight.uniform_(0.5, 1.5, generator=generator)
-            norm.bias.uniform_(-0.5, 0.5, generator=generator)
-    with torch.no_grad():
-        network(images(layers, 8, generator))
-    return network.eval()
-
-
-def images(layers, count, generator=None):
-    generator = generator or torch.Generator().manual_seed(1)
-    first = layers[0]
-    return torch.randn(count, first.in_channels, first.in_size, first.in_size, generator=generator)
-
-
-def arrays(network):
-    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-
-
-@torch.no_grad()
-def ranges(layers, network, images):
-    """The least and the greatest values that the network makes of images, for int8."""
-    tensors, values = network.state_dict(), {IMAGE: images}
-
-    def call(layer, *inputs):
-        if layer.activation:
-            plain = replace(layer, activation=None)
-            values[f"{layer.name}.preactivation"] = function(plain, tensors, False, *inputs)
-        values[layer.name] = function(layer, tensors, False, *inputs)
-        return values[layer.name]
-
-    run(layers, call, images)
-    return {f"{name}.range": np.array([value.min(), value.max()]) for name, value in values.items()}
-
-
-def outputs(layers, path, network, count=2):
-    """Logits of the network and of its file."""
-    batch = images(layers, count)
-    with torch.no_grad():
-        return network(batch).numpy(), TfliteExporter().infer(path, batch.numpy())
-
-
-def largest_difference(layers, path):
-    """Of the logits of file and network, relative to the largest logit."""
-    network = trained(layers)
-    TfliteExporter().write(layers, arrays(network), path)
-    expected, found = outputs(layers, path, network)
-    assert np.ptp(expected) > 0
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
 # -------------------------------------------------------------------- fp32
-
-
-@pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
-@pytest.mark.parametrize("resolution", [33, 62])
-def test_computes_what_the_network_does(name, resolution, path):
-    space = SearchSpace.load(name, num_classes=10)
-    for arch in (space.smallest(), space.sample(np.random.default_rng(resolution))):
-        assert largest_difference(lower(space, replace(arch, resolution=resolution)), path) < 2e-5
-
-
-@pytest.mark.parametrize("activation", ["relu", "swish", "h-swish", "sigmoid", "h-sigmoid"])
-def test_activations(activation, path):
-    space = replace(tiny_space(), activation=activation)
-    assert largest_difference(lower(space, space.smallest()), path) < 1e-5
 
 
 def alone(*layers):
@@ -150,7 +78,7 @@ def test_padding_is_symmetric(size, kernel, stride, groups, path):
             stride=stride, groups=groups, norm=True,
         )
     )  # fmt: skip
-    assert largest_difference(layers, path) < 1e-5
+    assert largest_difference(TfliteExporter(), layers, path) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -224,6 +152,14 @@ def test_file_is_what_the_schema_says(precision, path):
 # -------------------------------------------------------------------- int8
 
 
+def int8_logits(layers, network, path, ranges_of):
+    """Of the network and of its file, (32, num_classes), on images of seed 1; ranges of those of `ranges_of`."""
+    tensors = tensors_with_ranges(layers, network, random_images(layers, 32, seed=ranges_of))
+    TfliteExporter("int8").write(layers, tensors, path)
+    images = random_images(layers, 32, seed=1)
+    return network(torch.from_numpy(images)).numpy(), TfliteExporter().infer(path, images)
+
+
 def grids(path):
     """Scale and zero point of the values between the layers, by name."""
     interpreter = Interpreter(str(path))
@@ -240,10 +176,7 @@ def test_int8_agrees_with_fp32(activation, se, gate, path):
     space = replace(space, activation=activation, squeeze_excite=excite)
     layers = lower(space, space.largest())
     assert {layer.activation for layer in layers} >= {activation, gate}
-    network = trained(layers)
-    tensors = arrays(network) | ranges(layers, network, images(layers, 32, torch.Generator().manual_seed(2)))
-    TfliteExporter("int8").write(layers, tensors, path)
-    expected, found = outputs(layers, path, network, count=32)
+    expected, found = int8_logits(layers, trained_network(layers), path, ranges_of=2)
     assert np.corrcoef(expected.ravel(), found.ravel())[0, 1] > 0.99
     # Without what all images share, which for a network that has learnt nothing is the most.
     expected, found = expected - expected.mean(axis=0), found - found.mean(axis=0)
@@ -259,11 +192,9 @@ def test_int8_layer_is_as_exact_as_its_grid(activation, kernel, stride, size, gr
             stride=stride, groups=groups, norm=True, activation=activation,
         )
     )  # fmt: skip
-    network = trained(layers)
-    with torch.no_grad():
-        network.classifier.weight.copy_(torch.eye(8))
-    TfliteExporter("int8").write(layers, arrays(network) | ranges(layers, network, images(layers, 32)), path)
-    expected, found = outputs(layers, path, network, count=32)
+    network = trained_network(layers)
+    network.classifier.weight.copy_(torch.eye(8))
+    expected, found = int8_logits(layers, network, path, ranges_of=1)
     steps = sum(scale for name, (scale, _) in grids(path).items() if name in ("a", "pool", "classifier"))
     assert np.abs(found - expected).max() < 2 * steps
     assert np.abs((found - expected).mean()) < 0.5 * steps

@@ -47,7 +47,7 @@ STANDS_ON = {
     # what users call
     "bundle": ["exporters", "network"],
     "run": ["predictors", "store", "training"],
-    "testing": ["measuring"],
+    "testing": ["measuring", "network"],
     "api": ["run", "searching", "measuring", "bundle"],
     "cli": ["api"],
     "__main__": ["cli"],

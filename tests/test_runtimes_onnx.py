@@ -21,14 +21,6 @@ from hwnas.space import SearchSpace
 from hwnas.testing import QUICK, DeviceContract, tiny_space
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The runtimes set torch's threads for the whole process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def host(runtime, precision="fp32", **options):
     return WorkerDevice(runtime, Host(), runtime, precision=precision, options=options)
 

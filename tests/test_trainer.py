@@ -488,11 +488,7 @@ def test_the_last_checkpoints_are_kept(data, tmp_path):
 def test_threads_are_chosen_and_remembered(data, tmp_path):
     config = replace(CONFIG, threads=None, epochs=0.05)
     trainer = Trainer(SPACE, data, config, tmp_path)
-    before = torch.get_num_threads()
-    try:
-        trainer.run()
-    finally:
-        torch.set_num_threads(before)
+    trainer.run()
     assert trainer.config.threads is not None
     assert Trainer(SPACE, data, config, tmp_path).config.threads == trainer.config.threads
 
