@@ -94,7 +94,8 @@ def row(condition: Condition, first: list[Measurement], found: list[Measurement]
     rejected = sum(b.rejection is not None for b in found)
     repeats = statistics.mean(len(b.rounds) for b in found)
     seconds = statistics.median(b.run_s for b in found)
-    cells = [condition.name, f"{len(pairs)}", f"{rejected}", f"{repeats:.1f}", f"{seconds:.2f}"]
+    busy = statistics.median(b.others_busy or 0 for b in found)
+    cells = [condition.name, f"{busy:.1f}", f"{len(pairs)}", f"{rejected}", f"{repeats:.1f}", f"{seconds:.2f}"]
     if len(pairs) >= 3:
         before, now = (np.array([pair[side].latency_ms for pair in pairs]) for side in (0, 1))
         raw = np.array([np.median(np.concatenate([r.times_ms for r in b.rounds])) for _, b in pairs])
@@ -127,9 +128,9 @@ if __name__ == "__main__":
         f"({low:.3f} to {high:.3f} ms); every profile against the first one",
     )
     lines += [
-        "| beside | trusted | rejected | rounds a child | s a child | median difference | 90% within | largest "
-        "| Spearman | raw medians off by |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| beside | seen busy | trusted | rejected | rounds a child | s a child | median difference | 90% within "
+        "| largest | Spearman | raw medians off by |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(condition, first, found) for condition, found in results[1:]),
         "",
     ]

@@ -31,6 +31,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document o
 DEVICE = click.option("--device", metavar="NAME", required=True, help="A device's name or file: see `hwnas devices`.")
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance.")
 
+BUSY = 0.3  # processors kept busy by others, from which latencies are off by more than repeating them shows
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="hwnas")
@@ -276,6 +278,11 @@ def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, 
             counts + (f"; {made.choice}" if made.choice else ""),
             f"a child: {made.write_s:.2g} s to write, {made.run_s:.2g} s to measure",
         ]
+        if made.others_busy is not None and made.others_busy > BUSY:
+            notice(
+                f"{made.device}: other programs kept {made.others_busy:.1f} processors busy meanwhile, which can shift "
+                "latencies by some percent: end them and profile again where that matters"
+            )
     document = profiles[0].to_dict() if len(profiles) == 1 else {"profiles": [made.to_dict() for made in profiles]}
     finish(
         as_json,

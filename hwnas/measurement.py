@@ -104,6 +104,19 @@ class Measurement:
         return float(math.sqrt(math.pi / 2 / len(estimates)) * (high - low) / 1.349 / middle)
 
     @property
+    def others_busy(self) -> float | None:
+        """How many processors other programs kept busy meanwhile, on average; None if the device does not tell.
+
+        Where they do so all the time, the reference is never seen undisturbed: what they cost a child beside what they
+        cost the reference, through caches and memory, stays in its latency.
+        """
+        used = [times.facts["used_s"] for times in self.rounds if "used_s" in times.facts]
+        if len(used) < 2 or used[-1]["own"] < used[0]["own"]:  # a worker that was replaced
+            return None
+        clock, machine, own = (used[-1][name] - used[0][name] for name in ("clock", "machine", "own"))
+        return max(0.0, float((machine - own) / clock)) if clock > 0 else None
+
+    @property
     def rejection(self) -> str | None:
         """Why the latency is not to be trusted; None if it is, and after an error.
 

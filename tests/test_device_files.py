@@ -15,6 +15,7 @@ from hwnas.devices import device_files, load_device, load_spec, user_folder
 from hwnas.devices.base import Check, Timing
 from hwnas.devices.worker_device import WorkerDevice
 from hwnas.errors import DeviceError, InputError
+from hwnas.measurement import Measurement
 from hwnas.measuring.diagnose import diagnose
 from hwnas.testing import QUICK, DeviceContract, FakeDevice, tiny_space
 
@@ -251,6 +252,18 @@ def test_profiles_several_at_a_time(capsys, tmp_path):
         assert len(hwnas.predict(name, ["smallest", "biggest"])) == 2
     with hwnas.Run().store() as store:
         assert len(store.measurements(device="one")) == len(store.measurements(device="two")) == 5
+
+
+def test_profile_tells_of_other_programs(capsys, tmp_path, monkeypatch):
+    write(tmp_path / "run" / "devices", "one", base="cpu", timing=QUICKLY)
+    words = ["profile", "--space", "tiny", "--children", "5", "--device", "one"]
+    monkeypatch.setattr(Measurement, "others_busy", 1.26)
+    _, _, err = run_cli(capsys, *words)
+    assert "one: other programs kept 1.3 processors busy meanwhile" in err
+    monkeypatch.setattr(Measurement, "others_busy", 0.1)
+    _, out, err = run_cli(capsys, *words, "--json")
+    assert "other programs" not in err
+    assert json.loads(out)["others_busy"] == 0.1
 
 
 def test_a_device_named_twice(tmp_path):

@@ -209,6 +209,28 @@ def test_android_tells_of_throttling(store):
     assert m.rejection.endswith("the device throttled itself; up to 48 degrees Celsius")
 
 
+def test_tells_what_else_ran(store):
+    def facts(number):
+        return {"used_s": {"clock": 5 + number, "machine": 100 + 2.5 * number, "own": 1 + number}}
+
+    (m,) = measure(children(1), SPACE, FakeDevice(facts=facts), QUICK, store)
+    assert m.others_busy == pytest.approx(1.5)
+    (m,) = measure(children(1), SPACE, FakeDevice(name="other"), QUICK, store)
+    assert m.others_busy is None
+
+
+def test_sees_a_busy_process(store):
+    with load_device("cpu") as device:
+        timing = replace(device.timing, rounds=30, max_rounds=30)
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            (m,) = measure(children(1), SPACE, device, timing, store)
+        finally:
+            busy.kill()
+            busy.wait()
+    assert m.others_busy > 0.3
+
+
 def test_pauses_after_a_disturbed_round(store, monkeypatch):
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)

@@ -38,6 +38,7 @@ class Profile:
         num_children: how many those are.
         num_failed, num_rejected: children whose measurement failed, and that were measured but cannot be trusted.
         num_unstable: children among those used that were disturbed, but whose latency can be trusted.
+        others_busy: processors that other programs kept busy meanwhile, median; None if the device does not tell.
         write_s, run_s: seconds that a child took to write and to measure, median.
         cross_validation: errors on children left out of the fit in turn.
         holdout: errors on fresh random children measured for this only; None if there are none.
@@ -49,6 +50,7 @@ class Profile:
     num_failed: int
     num_rejected: int
     num_unstable: int
+    others_busy: float | None
     write_s: float
     run_s: float
     cross_validation: PredictionReport
@@ -69,6 +71,7 @@ class Profile:
             "num_failed": self.num_failed,
             "num_rejected": self.num_rejected,
             "num_unstable": self.num_unstable,
+            "others_busy": self.others_busy,
             "write_s": self.write_s,
             "run_s": self.run_s,
             "cross_validation": asdict(self.cross_validation),
@@ -235,6 +238,7 @@ def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Prof
         mean, std = predictor.predict([m.arch for m in test])
         tested = prediction_report([m.latency_ms for m in test], mean, std)
     predictor.save(run.predictor_path(device))
+    others = [busy for m in used if (busy := m.others_busy) is not None]
     return Profile(
         device=device,
         predictor=predictor,
@@ -242,6 +246,7 @@ def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Prof
         num_failed=sum(m.error is not None for m in last),
         num_rejected=len(rejected),
         num_unstable=sum(m.unstable for m in [*train, *test]),
+        others_busy=float(np.median(others)) if others else None,
         write_s=float(np.median([m.write_s for m in used])),
         run_s=float(np.median([m.run_s for m in used])),
         cross_validation=validated,

@@ -52,20 +52,21 @@ def processor() -> str:
 
 def least_busy(allowed: set[int], count: int, sample_s: float = 0.1) -> list[int]:
     """The cores that do least at the moment; what runs freely then keeps off the one that we pin ourselves to."""
-
-    def busy() -> dict[int, int]:
-        ticks = {}
-        for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
-            name, *values = line.split()
-            if name.startswith("cpu") and name != "cpu":
-                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, values[:8])
-                ticks[int(name[3:])] = user + nice + system + irq + softirq + steal
-        return ticks
-
-    before = busy()
+    before = busy_ticks()
     time.sleep(sample_s)
-    after = busy()
+    after = busy_ticks()
     return sorted(sorted(allowed), key=lambda core: after.get(core, 0) - before.get(core, 0))[:count]
+
+
+def busy_ticks() -> dict[int, int]:
+    """How long each core has been busy since the machine started, in ticks of the system's clock."""
+    ticks = {}
+    for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
+        name, *values = line.split()
+        if name.startswith("cpu") and name != "cpu":
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, values[:8])
+            ticks[int(name[3:])] = user + nice + system + irq + softirq + steal
+    return ticks
 
 
 def time_runs(
@@ -99,6 +100,11 @@ def time_runs(
 def facts(cores: list[int]) -> dict[str, Any]:
     """The machine's state, as far as it tells."""
     found: dict[str, Any] = {"cores": cores}
+    try:  # what all programs have used so far, and this one
+        machine_s = sum(busy_ticks().values()) / os.sysconf("SC_CLK_TCK")
+        found["used_s"] = {"clock": time.perf_counter(), "machine": machine_s, "own": time.process_time()}
+    except (OSError, ValueError):
+        pass
     if hasattr(os, "getloadavg"):
         found["load"] = round(os.getloadavg()[0], 2)
     readings = {
