@@ -62,7 +62,7 @@ def _measure(device: Device, path: Path, duration_s: float) -> Iterator[Check]:
     except DeviceError as error:
         yield Check("measurement", str(error), "see the message")
         return
-    state = {name: value for name, value in rounds[-1].facts.items() if value is not None}
+    state = {name: value for name, value in rounds[-1].facts.items() if not isinstance(value, dict)}
     if state:
         yield Check("state", ", ".join(f"{name} {value}" for name, value in state.items()))
     low, middle, high = np.quantile([times.latency_ms for times in rounds], (0.25, 0.5, 0.75))
