@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from itertools import product
 from typing import Literal, TypeAlias
 
@@ -253,8 +254,12 @@ class Segment:
         return (self.lower(*values) for values in product(*self.choices))
 
 
+@singledispatch
 def segments(space: SearchSpace) -> Iterator[Segment]:
-    """Every part of the networks of a space; a child's layers are one combination out of each."""
+    """Every part of the networks of a space; a child's layers are one combination out of each.
+
+    Spaces of other networks, such as those of published tables, register how theirs are made.
+    """
     choices = {gene.name: gene.choices for gene in space.genes}
 
     def segment(genes: Sequence[str], lower: Callable[..., tuple[Layer, ...]]) -> Segment:
@@ -313,7 +318,8 @@ class LayerSums:
         column = {gene.name: index for index, gene in enumerate(space.genes)}
         self._num_genes = len(column)
         self._tables: list[tuple[list[tuple[int, int]], NDArray[np.float64]]] = []
-        num_quantities = len(measure(stem_layers(space, 32, 8)[0]))
+        any_layer = Layer(name="", kind="add", inputs=(), in_channels=1, out_channels=1, in_size=1)
+        num_quantities = len(measure(any_layer))
         for segment in segments(space):
             sums = [
                 np.sum([measure(layer) for layer in layers], axis=0) if layers else np.zeros(num_quantities)
