@@ -7,7 +7,7 @@ are sums over it. A layer names the layers whose outputs it reads, so the list i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from itertools import product
@@ -325,13 +325,17 @@ class LayerSums:
                 np.sum([measure(layer) for layer in layers], axis=0) if layers else np.zeros(num_quantities)
                 for layers in segment.layers()
             ]
-            # (gene column, number of choices), leaving out what does not vary.
-            axes = [
-                (column[gene], len(options))
-                for gene, options in zip(segment.genes, segment.choices, strict=True)
-                if len(options) > 1
-            ]
+            axes = self._axes(segment, column)
             self._tables.append((axes, np.asarray(sums, dtype=np.float64)))
+
+    @staticmethod
+    def _axes(segment: Segment, column: Mapping[str, int]) -> list[tuple[int, int]]:
+        """(Gene column, number of choices) of what a segment depends on, leaving out what does not vary."""
+        return [
+            (column[gene], len(options))
+            for gene, options in zip(segment.genes, segment.choices, strict=True)
+            if len(options) > 1
+        ]
 
     def __call__(self, genes: Genes, chunk: int = 16384) -> NDArray[np.float64]:
         """Totals of shape (num_archs, num_quantities) for genes of shape (num_archs, num_genes).

@@ -1,168 +1,325 @@
-"""The analytic prior with a Gaussian process on what it leaves unexplained: the default for few measurements."""
+"""A Gaussian process over the layers: what each costs, told from few measured networks. The default kind."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import eigsh
 
+from hwnas.layers import Layer
 from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
-from hwnas.predictors.features import by_name, feature_sums, from_names
+from hwnas.predictors.features import FEATURE_NAMES, FeatureSums, by_name, feature_sums, from_names, layer_shape
 from hwnas.predictors.metrics import Z_90
-from hwnas.predictors.prior import conformal_90, fit_prior
+from hwnas.predictors.prior import DEFAULT_MACHINES, conformal_90
 from hwnas.space import Genes
 
-# Hyperparameters: where their search starts, and the box it stays in. The least noise keeps the matrices regular.
-_STARTS = ((0.05, 0.02, 1.0), (0.02, 0.05, 3.0))
-_LEAST, _GREATEST = (1e-4, 1e-3, 0.2), (1.0, 1.0, 30.0)
-# Log-normal beliefs about them, median and log standard deviation: what 10 measurements do not tell.
-_MEDIANS, _LOG_STDS = (0.03, 0.03, 2.0), (1.5, 1.5, 1.0)
+# Beliefs about a machine, as standard deviations of logarithms: of its speed beside the known machine, and of the
+# rates of one kind (arithmetic, memory, launches, ...) together.
+_SPEED_STD, _KIND_STD = 5.0, 1.5
+# Hyperparameters: median and log standard deviation of log-normal beliefs (what 10 measurements do not tell), and
+# the box of the search. The least noise keeps the matrices regular.
+_MEDIANS, _LOG_STDS = np.log([0.5, 0.1, 0.1, 0.03]), np.array([0.5, 1.0, 1.0, 1.5])
+_LEAST, _GREATEST = np.log([0.05, 0.005, 0.005, 2e-3]), np.log([3.0, 1.5, 1.5, 1.0])
+# Passes of linearisation from each known machine, and from the best of them; how far rates go in one.
+_FIRST_PASSES, _MORE_PASSES = 2, 3
+_LONGEST_STEP = 1.5
 # The search takes the cube of so many measurements at most; predictions use all.
-_MAX_SEARCHED = 400
+_MAX_SEARCHED = 250
+# Degrees of freedom of the Student-t distribution of errors: measurements far off count little.
+_FREEDOM = 3
+# Directions of the layers' covariance that predictions keep exactly.
+_DIRECTIONS = 24
 _CHUNK = 4096
+# Features whose rates move together, by what they have in common.
+_KINDS = [next((end for end in ("_moved", "_elements", "_macs") if name.endswith(end)), "") for name in FEATURE_NAMES]
+_SAME_KIND = np.equal.outer(_KINDS, _KINDS).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Of the process on log(measured / prior).
+    """Standard deviations of logarithms.
 
     Attributes:
-        smooth_std: standard deviation of its smooth part.
-        noise_std: of the measurements' noise.
-        length: distance over which the smooth part changes, in units of the spread of the inputs.
+        rate_std: of single rates about those of their kind.
+        smooth_std: of how the cost of a kind of layer varies with the logarithm of its size and channels.
+        shape_std: of what layers of one shape cost beyond that.
+        noise_std: of the measurements.
     """
 
+    rate_std: float
     smooth_std: float
+    shape_std: float
     noise_std: float
-    length: float
+
+
+class LayerProcess:
+    """The model, linear about given rates, with what was measured.
+
+    A network's latency is the sum over its layers of
+
+        sum_j machine[layer, j] exp(rate_j)  *  exp(smooth(layer) + shape(layer))
+
+    with Gaussian rates (those of one kind move together), `smooth` linear in the logarithms of size and channels for
+    each kind of layer, and `shape` independent for each shape of layer. To first order the logarithm of the latency
+    is linear in all of them, with the layers' shares of it as weights: a Gaussian process over networks. Equation
+    numbers are those of Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006.
+
+    Args:
+        sums: of the space.
+        machine: ms that each feature costs in each layer on the known machine, (num_layers, num_features).
+        kind_std: how far the rates of one kind may be together from the known machine's, as a log factor.
+        genes: of the measured networks, (num_archs, num_genes).
+        latency_ms: (num_archs,).
+        log_rates: where the model is linear, (num_features,).
+    """
+
+    def __init__(
+        self,
+        sums: FeatureSums,
+        machine: FloatArray,
+        kind_std: float,
+        genes: Genes,
+        latency_ms: FloatArray,
+        log_rates: FloatArray,
+    ) -> None:
+        self.log_rates = log_rates
+        self._rate_parts = (_SPEED_STD**2 + kind_std**2 * _SAME_KIND, np.eye(len(FEATURE_NAMES)))
+        self._costs = machine * np.exp(log_rates)
+        self._layer_ms = self._costs.sum(axis=1)
+        smooth, shapes = _descriptions(sums)
+        self._smooth, self._shapes = self._layer_ms[:, None] * smooth, shapes.multiply(self._layer_ms[:, None]).tocsr()
+        counts = sums.counts(genes)
+        total_ms = counts @ self._layer_ms
+        self._shares = counts.multiply(1 / total_ms[:, None]).tocsr()
+        self._by_feature = self._shares @ self._costs
+        self._by_smooth, self._by_shape = self._shares @ self._smooth, (self._shares @ self._shapes).tocsr()
+        self.targets = np.log(latency_ms / total_ms) + self._by_feature @ log_rates
+        together, alone = self._rate_parts
+        self._fixed = self._by_feature @ together @ self._by_feature.T
+        self._parts = (
+            self._by_feature @ self._by_feature.T,
+            self._by_smooth @ self._by_smooth.T,
+            (self._by_shape @ self._by_shape.T).toarray(),
+        )
+
+    def covariance(self, found: Hyperparameters, noise: FloatArray) -> FloatArray:
+        """Of the measurements, (num_archs, num_archs); `noise` is each one's noise variance relative to the usual."""
+        variances = np.square([found.rate_std, found.smooth_std, found.shape_std])
+        total = self._fixed + np.diag(found.noise_std**2 * noise)
+        return np.asarray(total + sum(v * part for v, part in zip(variances, self._parts, strict=True)))
+
+    def search(self, start: Hyperparameters, noise: FloatArray) -> tuple[float, Hyperparameters]:
+        """Minus the log likelihood, and the likeliest hyperparameters.
+
+        Equations 5.8 (marginal likelihood) and 5.9 (gradient), with the beliefs.
+        """
+        some = np.random.default_rng(0).permutation(len(noise))[:_MAX_SEARCHED]
+        square, targets, noise = np.ix_(some, some), self.targets[some], noise[some]
+        fixed, parts = self._fixed[square], [*(part[square] for part in self._parts), np.diag(noise)]
+
+        def objective(logs: FloatArray) -> tuple[float, FloatArray]:
+            terms = [np.exp(2 * log) * part for log, part in zip(logs, parts, strict=True)]
+            lower = cholesky(fixed + sum(terms), lower=True)
+            inverse = cho_solve((lower, True), np.eye(len(noise)))
+            alpha = inverse @ targets
+            off = (logs - _MEDIANS) / _LOG_STDS
+            value = 0.5 * targets @ alpha + np.log(np.diag(lower)).sum() + 0.5 * off @ off
+            change = inverse - np.outer(alpha, alpha)
+            return float(value), np.array([(change * term).sum() for term in terms]) + off / _LOG_STDS
+
+        logs = np.log(list(asdict(start).values()))
+        bounds = list(zip(_LEAST, _GREATEST, strict=True))
+        found = minimize(objective, logs, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 20})
+        return float(found.fun), Hyperparameters(*np.exp(found.x).tolist())
+
+    def left_out(self, found: Hyperparameters, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Errors and variances of each measurement predicted from the others, as if it had the usual noise.
+
+        Equation 5.12; (num_archs,) each.
+        """
+        inverse = np.linalg.inv(self.covariance(found, noise))
+        variance = 1 / np.diag(inverse)
+        return inverse @ self.targets * variance, variance + found.noise_std**2 * (1 - noise)
+
+    def rates(self, found: Hyperparameters, noise: FloatArray) -> FloatArray:
+        """The most probable log rates, (num_features,); equation 2.25."""
+        alpha = np.linalg.solve(self.covariance(found, noise), self.targets)
+        together, alone = self._rate_parts
+        return np.asarray((together + found.rate_std**2 * alone) @ (self._by_feature.T @ alpha))
+
+    def model(self, sums: FeatureSums, found: Hyperparameters, noise: FloatArray, std_factor: float) -> Model:
+        """What predicts other networks; equations 2.25 and 2.26.
+
+        All is summed over the layers by table: the latency, the correction of its logarithm, and of the layers'
+        covariance the directions in which the measurements say least; what is left of it counts as independent.
+        """
+        together, alone = self._rate_parts
+        rates = together + found.rate_std**2 * alone
+        to_measured = self._costs @ rates @ self._by_feature.T + found.smooth_std**2 * self._smooth @ self._by_smooth.T
+        to_measured += found.shape_std**2 * (self._shapes @ self._by_shape.T).toarray()
+        lower = cholesky(self.covariance(found, noise), lower=True)
+        correction = to_measured @ cho_solve((lower, True), self.targets) - self._costs @ self.log_rates
+        left = self._costs @ rates @ self._costs.T + found.smooth_std**2 * self._smooth @ self._smooth.T
+        left += found.shape_std**2 * (self._shapes @ self._shapes.T).toarray()
+        explained = solve_triangular(lower, to_measured.T, lower=True)
+        left -= explained.T @ explained
+        values, vectors = eigsh(left, k=min(_DIRECTIONS, len(left) - 1), v0=np.ones(len(left)))
+        directions = vectors * np.sqrt(np.maximum(values, 0))
+        alone_var = np.maximum(np.diag(left) - (directions**2).sum(axis=1), 0)
+        table = sums.by_layer(np.column_stack([self._layer_ms, correction, alone_var, directions]))
+
+        def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
+            found_sums = table(genes, chunk=_CHUNK)
+            base_ms = found_sums[:, 0]
+            mean_ms = base_ms * np.exp(found_sums[:, 1] / base_ms)
+            variance = (found_sums[:, 2] + (found_sums[:, 3:] ** 2).sum(axis=1)) / base_ms**2 + found.noise_std**2
+            return mean_ms, std_factor * np.sqrt(variance) * mean_ms
+
+        return predict
+
+
+def _descriptions(sums: FeatureSums) -> tuple[FloatArray, csr_array]:
+    """Smooth functions (num_layers, num_functions) and shapes (num_layers, num_shapes) of the layers."""
+    kinds = {"dense": 0, "pointwise": 1, "pooled": 2, "depthwise": 3, "grouped": 4, "other": 5}
+    smooth = np.zeros((len(sums.layers), len(kinds), 3))
+    shapes: dict[tuple[object, ...], int] = {}
+    columns = []
+    for row, layer in enumerate(sums.layers):
+        logs = np.log([layer.in_size / 16, layer.in_channels / 64, layer.out_channels / 64])
+        smooth[row, kinds[_kind(layer)]] = logs
+        columns.append(shapes.setdefault(layer_shape(layer), len(shapes)))
+    rows = np.arange(len(columns))
+    return smooth.reshape(len(columns), -1), csr_array((np.ones(len(columns)), (rows, columns)))
+
+
+def _kind(layer: Layer) -> str:
+    if layer.kind != "conv":
+        return "other"
+    if layer.groups > 1:
+        return "depthwise" if layer.groups == layer.in_channels else "grouped"
+    return "dense" if layer.kernel > 1 else "pointwise" if layer.in_size > 1 else "pooled"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFit:
+    """What `fit_layers` found.
+
+    Attributes:
+        machine: index of the known machine that the measured one resembles most.
+        log_rates: logarithm of each feature's rate beside that machine's where the model is linear, (num_features,).
+        hyperparameters: the likeliest.
+        noise: noise variance of each measurement relative to the usual, (num_archs,).
+        log_errors: log(measured / predicted) of each measurement left out, (num_archs,).
+        std_factor: what to multiply standard deviations with so that 90% of those lie within `Z_90` of them.
+    """
+
+    machine: int
+    log_rates: FloatArray
+    hyperparameters: Hyperparameters
+    noise: FloatArray
+    log_errors: FloatArray
+    std_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    log_rates: FloatArray
+    hyperparameters: Hyperparameters
+    noise: FloatArray
+    loss: float = np.inf
+
+
+def fit_layers(
+    sums: FeatureSums,
+    machines: Sequence[FloatArray],
+    kind_std: float,
+    genes: Genes,
+    latency_ms: FloatArray,
+    weights: FloatArray,
+) -> LayerFit:
+    """The known machine, rates and hyperparameters under which the measurements are likeliest.
+
+    Starts from each machine, goes on from the best, and linearises anew at the most probable rates (Gauss-Newton).
+    Measurements that the others contradict lose weight: Student-t errors by iterative reweighting (Lange, Little
+    and Taylor, JASA 1989, section 3).
+
+    Args:
+        sums: of the space.
+        machines: ms that each feature costs in each layer, (num_layers, num_features) each.
+        kind_std: see `LayerProcess`.
+        genes: (num_archs, num_genes).
+        latency_ms: (num_archs,).
+        weights: (num_archs,).
+    """
+
+    def improve(machine: FloatArray, state: _State, passes: int) -> _State:
+        for _ in range(passes):
+            process = LayerProcess(sums, machine, kind_std, genes, latency_ms, state.log_rates)
+            loss, found = process.search(state.hyperparameters, state.noise)
+            errors, variances = process.left_out(found, state.noise)
+            noise = (_FREEDOM + errors**2 / variances) / (_FREEDOM + 1) / weights
+            step = process.rates(found, noise) - state.log_rates
+            step *= min(1.0, _LONGEST_STEP / max(np.abs(step).max(), 1e-9))
+            state = _State(state.log_rates + step, found, noise, loss)
+        return state
+
+    medians = Hyperparameters(*np.exp(_MEDIANS).tolist())
+    start = _State(np.zeros(len(FEATURE_NAMES)), medians, 1 / weights)
+    states = [improve(machine, start, _FIRST_PASSES) for machine in machines]
+    best = min(range(len(states)), key=lambda index: states[index].loss)
+    state = improve(machines[best], states[best], _MORE_PASSES)
+    process = LayerProcess(sums, machines[best], kind_std, genes, latency_ms, state.log_rates)
+    errors, variances = process.left_out(state.hyperparameters, state.noise)
+    return LayerFit(
+        best, state.log_rates, state.hyperparameters, state.noise, errors,
+        conformal_90(np.abs(errors) / np.sqrt(variances)) / Z_90,
+    )  # fmt: skip
 
 
 class GpPredictor(LatencyPredictor):
-    """The analytic prior times the exponential of a Gaussian process.
+    """The analytic prior, with a Gaussian process over rates and layers about it: see `LayerProcess`.
 
-    The process lives on the square roots of the shares that the features have in the prior's latency, and on its
-    logarithm: networks that stress the machine alike share what the prior gets wrong. It learns from the prior's
-    cross-validated errors, so neither it nor the uncertainty is misled by a prior that fits its own measurements too
-    well. Equation numbers are those of Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006.
+    With ten measurements it corrects the rates of a known machine; with hundreds it knows what each shape of layer
+    costs. Known machines differ in how dear it is to start an operation.
     """
 
     kind: ClassVar[str] = "gp"
 
     def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
-        fit = fit_prior(feature_sums(self.space)(genes), latency_ms, weights)
-        inputs = _Inputs(self, fit.coefficients, genes)
-        _, points = inputs(genes)
-        distances, noise = _distances(points, points), 1 / fit.trust
-        some = np.random.default_rng(0).permutation(len(genes))[:_MAX_SEARCHED]
-        best = _search(distances[np.ix_(some, some)], fit.log_errors[some], noise[some])
-        return {
-            "coefficients_ms": by_name(fit.coefficients),
-            "genes": genes.tolist(),
-            "log_errors": fit.log_errors.tolist(),
-            "noise": noise.tolist(),
-            "hyperparameters": asdict(best),
-            "std_factor": _std_factor(best, distances, fit.log_errors, noise),
-        }
+        sums = feature_sums(self.space)
+        features = sums(genes)
+        machines = [rates * np.median(latency_ms / (features @ rates)) for rates in DEFAULT_MACHINES]
+        fit = fit_layers(
+            sums, [sums.layer_features * rates for rates in machines], _KIND_STD, genes, latency_ms, weights
+        )
+        return {"machine_ms": by_name(machines[fit.machine]), **fitted_process(fit, genes, latency_ms)}
 
     def _model(self, learned: dict[str, Any]) -> Model:
-        found = Hyperparameters(**learned["hyperparameters"])
-        factor = float(learned["std_factor"])
-        train = np.array(learned["genes"], dtype=np.int8)
-        inputs = _Inputs(self, from_names(learned["coefficients_ms"]), train)
-        _, points = inputs(train)
-        covariance = _covariance(found, _distances(points, points), np.array(learned["noise"]))
-        whiten = solve_triangular(cholesky(covariance, lower=True), np.eye(len(train)), lower=True)
-        alpha = whiten.T @ (whiten @ np.array(learned["log_errors"]))
-
-        def predict_chunk(genes: Genes) -> tuple[FloatArray, FloatArray]:  # equations 2.25 and 2.26
-            prior_ms, at = inputs(genes)
-            cross = _matern(found, _distances(at, points))
-            mean_ms = prior_ms * np.exp(cross @ alpha)
-            explained = ((cross @ whiten.T) ** 2).sum(axis=1)
-            variance = np.maximum(found.smooth_std**2 - explained, 0) + found.noise_std**2
-            return mean_ms, factor * np.sqrt(variance) * mean_ms
-
-        def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
-            mean_ms, std_ms = np.empty(len(genes)), np.empty(len(genes))
-            for start in range(0, len(genes), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                mean_ms[part], std_ms[part] = predict_chunk(genes[part])
-            return mean_ms, std_ms
-
-        return predict
+        sums = feature_sums(self.space)
+        return process_model(sums, sums.layer_features * from_names(learned["machine_ms"]), _KIND_STD, learned)
 
 
-class _Inputs:
-    """The prior's latency in ms and the process's inputs, (num_archs,) and (num_archs, num_inputs), of genes."""
-
-    def __init__(self, predictor: LatencyPredictor, coefficients: FloatArray, train: Genes) -> None:
-        costing = np.diag(coefficients)[:, coefficients > 0]
-        self._costs = feature_sums(predictor.space).weighted(costing)
-        _, raw = self._raw(train)
-        spread = raw.std(axis=0)
-        varies = spread > 1e-6
-        self._centre = raw.mean(axis=0)
-        self._scale = np.where(varies, 1 / np.maximum(spread, 1e-6), 0) / np.sqrt(max(varies.sum(), 1))
-
-    def __call__(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
-        prior_ms, raw = self._raw(genes)
-        return prior_ms, (raw - self._centre) * self._scale
-
-    def _raw(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
-        costs = self._costs(genes)
-        prior_ms = costs.sum(axis=1)
-        return prior_ms, np.column_stack([np.sqrt(costs / prior_ms[:, None]), np.log(prior_ms)])
+def fitted_process(fit: LayerFit, genes: Genes, latency_ms: FloatArray) -> dict[str, Any]:
+    """A fit as a JSON object, for `process_model`."""
+    return {
+        "log_rates": by_name(fit.log_rates),
+        "hyperparameters": asdict(fit.hyperparameters),
+        "std_factor": fit.std_factor,
+        "genes": genes.tolist(),
+        "latency_ms": latency_ms.tolist(),
+        "noise": fit.noise.tolist(),
+    }
 
 
-def _distances(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Euclidean, (num_a, num_b)."""
-    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
-    return np.asarray(np.sqrt(np.maximum(squares, 0)))
-
-
-def _matern(found: Hyperparameters, distances: FloatArray) -> FloatArray:
-    """The Matern covariance with nu = 5/2, equation 4.17."""
-    scaled = np.sqrt(5) / found.length * distances
-    return np.asarray(found.smooth_std**2 * (1 + scaled + scaled**2 / 3) * np.exp(-scaled))
-
-
-def _covariance(found: Hyperparameters, distances: FloatArray, noise: FloatArray) -> FloatArray:
-    """Of the measurements, (num, num); `noise` is each one's noise variance relative to the usual."""
-    return _matern(found, distances) + np.diag(found.noise_std**2 * noise)
-
-
-def _search(distances: FloatArray, log_errors: FloatArray, noise: FloatArray) -> Hyperparameters:
-    """The likeliest hyperparameters: equations 5.8 (marginal likelihood) and 5.9 (gradient), with the beliefs."""
-    medians, log_stds = np.log(_MEDIANS), np.array(_LOG_STDS)
-
-    def objective(logs: FloatArray) -> tuple[float, FloatArray]:
-        at = Hyperparameters(*np.exp(logs))
-        smooth, own = _matern(at, distances), at.noise_std**2 * noise
-        scaled = np.sqrt(5) / at.length * distances
-        by_log_length = smooth * scaled**2 * (1 + scaled) / (3 + 3 * scaled + scaled**2)
-        lower = cholesky(smooth + np.diag(own), lower=True)
-        inverse = cho_solve((lower, True), np.eye(len(noise)))
-        alpha = inverse @ log_errors
-        off = (logs - medians) / log_stds
-        value = 0.5 * log_errors @ alpha + np.log(np.diag(lower)).sum() + 0.5 * off @ off
-        change = inverse - np.outer(alpha, alpha)
-        gradient = [(change * smooth).sum(), np.diag(change) @ own, 0.5 * (change * by_log_length).sum()]
-        return float(value), np.array(gradient) + off / log_stds
-
-    bounds = list(zip(np.log(_LEAST), np.log(_GREATEST), strict=True))
-    found = [minimize(objective, np.log(start), jac=True, method="L-BFGS-B", bounds=bounds) for start in _STARTS]
-    return Hyperparameters(*np.exp(min(found, key=lambda result: float(result.fun)).x).tolist())
-
-
-def _std_factor(found: Hyperparameters, distances: FloatArray, log_errors: FloatArray, noise: FloatArray) -> float:
-    """What to multiply standard deviations with so that 90% of errors left out lie within `Z_90` of them.
-
-    Leave-one-out errors and variances come from equation 5.12; a new measurement has the usual noise.
-    """
-    inverse = np.linalg.inv(_covariance(found, distances, noise))
-    left_out = inverse @ log_errors / np.diag(inverse)
-    variance = 1 / np.diag(inverse) + found.noise_std**2 * (1 - noise)
-    return conformal_90(np.abs(left_out) / np.sqrt(variance)) / Z_90
+def process_model(sums: FeatureSums, machine: FloatArray, kind_std: float, learned: dict[str, Any]) -> Model:
+    """The inverse of `fitted_process` beside its known machine, see `LayerProcess`."""
+    genes = np.array(learned["genes"], dtype=np.int8)
+    latency_ms, noise = np.array(learned["latency_ms"]), np.array(learned["noise"])
+    process = LayerProcess(sums, machine, kind_std, genes, latency_ms, from_names(learned["log_rates"]))
+    return process.model(sums, Hyperparameters(**learned["hyperparameters"]), noise, float(learned["std_factor"]))
