@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,13 +25,16 @@ from hwnas.space import Genes
 _SPEED_STD, _KIND_STD = 5.0, 1.5
 # Hyperparameters: median and log standard deviation of log-normal beliefs (what 10 measurements do not tell), and
 # the box of the search. The least noise keeps the matrices regular.
-_MEDIANS, _LOG_STDS = np.log([0.5, 0.1, 0.1, 0.03]), np.array([0.5, 1.0, 1.0, 1.5])
-_LEAST, _GREATEST = np.log([0.05, 0.005, 0.005, 2e-3]), np.log([3.0, 1.5, 1.5, 1.0])
+_MEDIANS, _LOG_STDS = np.log([0.5, 0.1, 0.1, 0.03, 0.03]), np.array([0.5, 1.0, 1.0, 1.0, 1.5])
+_LEAST, _GREATEST = np.log([0.05, 0.005, 0.005, 0.003, 2e-3]), np.log([3.0, 1.5, 1.5, 1.0, 1.0])
+# Over how many standard deviations of the networks' size and launch-boundness what they have in common changes.
+_LENGTH = 2.0
+_GRID = np.stack(np.meshgrid(*[np.linspace(-1.5, 1.5, 5)] * 2), axis=-1).reshape(-1, 2)  # in units of that
 # Passes of linearisation from each known machine, and from the best of them; how far rates go in one.
 _FIRST_PASSES, _MORE_PASSES = 2, 3
 _LONGEST_STEP = 1.5
 # The search takes the cube of so many measurements at most; predictions use all.
-_MAX_SEARCHED = 250
+_MAX_SEARCHED = 150
 # Degrees of freedom of the Student-t distribution of errors: measurements far off count little.
 _FREEDOM = 3
 # Directions of the layers' covariance that predictions keep exactly.
@@ -38,6 +42,7 @@ _DIRECTIONS = 24
 _CHUNK = 4096
 # Features whose rates move together, by what they have in common.
 _KINDS = [next((end for end in ("_moved", "_elements", "_macs") if name.endswith(end)), "") for name in FEATURE_NAMES]
+_LAUNCHES = [not kind and name != "weights" for kind, name in zip(_KINDS, FEATURE_NAMES, strict=True)]
 _SAME_KIND = np.equal.outer(_KINDS, _KINDS).astype(np.float64)
 
 
@@ -49,12 +54,14 @@ class Hyperparameters:
         rate_std: of single rates about those of their kind.
         smooth_std: of how the cost of a kind of layer varies with the logarithm of its size and channels.
         shape_std: of what layers of one shape cost beyond that.
+        network_std: of what networks alike in size and in the share of launches have in common.
         noise_std: of the measurements.
     """
 
     rate_std: float
     smooth_std: float
     shape_std: float
+    network_std: float
     noise_std: float
 
 
@@ -67,8 +74,9 @@ class LayerProcess:
 
     with Gaussian rates (those of one kind move together), `smooth` linear in the logarithms of size and channels for
     each kind of layer, and `shape` independent for each shape of layer. To first order the logarithm of the latency
-    is linear in all of them, with the layers' shares of it as weights: a Gaussian process over networks. Equation
-    numbers are those of Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006.
+    is linear in all of them, with the layers' shares of it as weights: a Gaussian process over networks. Added is a
+    smooth function of the network's size and of its share of launches: caches overflow, launches overlap with work.
+    Equation numbers are those of Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006.
 
     Args:
         sums: of the space.
@@ -93,6 +101,7 @@ class LayerProcess:
         self._costs = machine * np.exp(log_rates)
         self._layer_ms = self._costs.sum(axis=1)
         smooth, shapes = _descriptions(sums)
+        self._launch_ms = self._costs[:, _LAUNCHES].sum(axis=1)
         self._smooth, self._shapes = self._layer_ms[:, None] * smooth, shapes.multiply(self._layer_ms[:, None]).tocsr()
         counts = sums.counts(genes)
         total_ms = counts @ self._layer_ms
@@ -107,10 +116,25 @@ class LayerProcess:
             self._by_smooth @ self._by_smooth.T,
             (self._by_shape @ self._by_shape.T).toarray(),
         )
+        raw = self._network(total_ms, counts @ self._launch_ms)
+        self._centre, self._spread = raw.mean(axis=0), _LENGTH * np.maximum(raw.std(axis=0), 1e-3)
+        self._by_network = self._network_functions(raw)
+        self._parts += (self._by_network @ self._by_network.T,)
+
+    @staticmethod
+    def _network(total_ms: FloatArray, launch_ms: FloatArray) -> FloatArray:
+        """What tells networks apart as a whole, (num_archs, 2)."""
+        return np.column_stack([np.log(total_ms), launch_ms / total_ms])
+
+    def _network_functions(self, raw: FloatArray) -> FloatArray:
+        """Functions whose products are the correlations of networks, (num_archs, num_functions); equation 8.13."""
+        lower = cholesky(_matern(_GRID, _GRID), lower=True)
+        points = (raw - self._centre) / self._spread
+        return np.asarray(solve_triangular(lower, _matern(_GRID, points), lower=True).T)
 
     def covariance(self, found: Hyperparameters, noise: FloatArray) -> FloatArray:
         """Of the measurements, (num_archs, num_archs); `noise` is each one's noise variance relative to the usual."""
-        variances = np.square([found.rate_std, found.smooth_std, found.shape_std])
+        variances = np.square([found.rate_std, found.smooth_std, found.shape_std, found.network_std])
         total = self._fixed + np.diag(found.noise_std**2 * noise)
         return np.asarray(total + sum(v * part for v, part in zip(variances, self._parts, strict=True)))
 
@@ -135,7 +159,7 @@ class LayerProcess:
 
         logs = np.log(list(asdict(start).values()))
         bounds = list(zip(_LEAST, _GREATEST, strict=True))
-        found = minimize(objective, logs, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 20})
+        found = minimize(objective, logs, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 10})
         return float(found.fun), Hyperparameters(*np.exp(found.x).tolist())
 
     def left_out(self, found: Hyperparameters, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -164,7 +188,8 @@ class LayerProcess:
         to_measured = self._costs @ rates @ self._by_feature.T + found.smooth_std**2 * self._smooth @ self._by_smooth.T
         to_measured += found.shape_std**2 * (self._shapes @ self._by_shape.T).toarray()
         lower = cholesky(self.covariance(found, noise), lower=True)
-        correction = to_measured @ cho_solve((lower, True), self.targets) - self._costs @ self.log_rates
+        alpha = cho_solve((lower, True), self.targets)
+        correction = to_measured @ alpha - self._costs @ self.log_rates
         left = self._costs @ rates @ self._costs.T + found.smooth_std**2 * self._smooth @ self._smooth.T
         left += found.shape_std**2 * (self._shapes @ self._shapes.T).toarray()
         explained = solve_triangular(lower, to_measured.T, lower=True)
@@ -172,18 +197,46 @@ class LayerProcess:
         values, vectors = eigsh(left, k=min(_DIRECTIONS, len(left) - 1), v0=np.ones(len(left)))
         directions = vectors * np.sqrt(np.maximum(values, 0))
         alone_var = np.maximum(np.diag(left) - (directions**2).sum(axis=1), 0)
-        table = sums.by_layer(np.column_stack([self._layer_ms, correction, alone_var, directions]))
+        # The same for what networks have in common, and its covariance with the layers' costs.
+        network_var = found.network_std**2
+        weights = network_var * self._by_network.T @ alpha
+        seen = network_var * solve_triangular(lower, self._by_network, lower=True)
+        network_left = network_var * np.eye(len(_GRID)) - seen.T @ seen
+        shared = -2 * explained.T @ seen
+        table = sums.by_layer(
+            np.column_stack([self._layer_ms, self._launch_ms, correction, alone_var, directions, shared])
+        )
+        num_directions = 4 + directions.shape[1]
+
+        def predict_chunk(genes: Genes) -> tuple[FloatArray, FloatArray]:
+            found_sums = table(genes)
+            base_ms, launch_ms, corrections, alone_vars = found_sums[:, :4].T
+            functions = self._network_functions(self._network(base_ms, launch_ms))
+            mean_ms = base_ms * np.exp(corrections / base_ms + functions @ weights)
+            of_layers = (alone_vars + (found_sums[:, 4:num_directions] ** 2).sum(axis=1)) / base_ms**2
+            of_network = network_var + ((functions @ network_left - network_var * functions) * functions).sum(axis=1)
+            of_both = (found_sums[:, num_directions:] * functions).sum(axis=1) / base_ms
+            variance = np.maximum(of_layers + of_network + of_both, 0) + found.noise_std**2
+            return mean_ms, std_factor * np.sqrt(variance) * mean_ms
 
         def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
-            found_sums = table(genes, chunk=_CHUNK)
-            base_ms = found_sums[:, 0]
-            mean_ms = base_ms * np.exp(found_sums[:, 1] / base_ms)
-            variance = (found_sums[:, 2] + (found_sums[:, 3:] ** 2).sum(axis=1)) / base_ms**2 + found.noise_std**2
-            return mean_ms, std_factor * np.sqrt(variance) * mean_ms
+            mean_ms, std_ms = np.empty(len(genes)), np.empty(len(genes))
+            for start in range(0, len(genes), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                mean_ms[part], std_ms[part] = predict_chunk(genes[part])
+            return mean_ms, std_ms
 
         return predict
 
 
+def _matern(a: FloatArray, b: FloatArray) -> FloatArray:
+    """The Matern correlation with nu = 5/2 and length 1 between points, (num_a, num_b); equation 4.17."""
+    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+    scaled = np.sqrt(5 * np.maximum(squares, 0))
+    return np.asarray((1 + scaled + scaled**2 / 3) * np.exp(-scaled))
+
+
+@lru_cache(maxsize=8)
 def _descriptions(sums: FeatureSums) -> tuple[FloatArray, csr_array]:
     """Smooth functions (num_layers, num_functions) and shapes (num_layers, num_shapes) of the layers."""
     kinds = {"dense": 0, "pointwise": 1, "pooled": 2, "depthwise": 3, "grouped": 4, "other": 5}
@@ -216,7 +269,8 @@ class LayerFit:
         hyperparameters: the likeliest.
         noise: noise variance of each measurement relative to the usual, (num_archs,).
         log_errors: log(measured / predicted) of each measurement left out, (num_archs,).
-        std_factor: what to multiply standard deviations with so that 90% of those lie within `Z_90` of them.
+        std_factor: what to multiply standard deviations with so that 90% of those lie within `Z_90` of them, and
+            a little more for the hyperparameters, which have seen them all.
     """
 
     machine: int
@@ -278,7 +332,7 @@ def fit_layers(
     errors, variances = process.left_out(state.hyperparameters, state.noise)
     return LayerFit(
         best, state.log_rates, state.hyperparameters, state.noise, errors,
-        conformal_90(np.abs(errors) / np.sqrt(variances)) / Z_90,
+        conformal_90(np.abs(errors) / np.sqrt(variances)) / Z_90 * np.sqrt(1 + len(_MEDIANS) / len(errors)),
     )  # fmt: skip
 
 
