@@ -28,7 +28,8 @@ _DEFAULT_NS = {
     "h_sigmoid_elements": 1.0,
 }  # fmt: skip
 _LAUNCH_NS = {
-    "convs": 3e3, "depthwise_convs": 3e3, "grouped_convs": 6e3, "pools": 3e3, "elementwise_ops": 3e3, "squeeze_excites": 1e3, "networks": 1e4,
+    "convs": 3e3, "depthwise_convs": 3e3, "grouped_convs": 6e3, "pools": 3e3, "elementwise_ops": 3e3,
+    "squeeze_excites": 1e3, "networks": 1e4,
 }  # fmt: skip
 
 # How much dearer than on that core starting an operation is beside the arithmetic: a mobile CPU, a GPU at a large
@@ -139,7 +140,11 @@ class PriorPredictor(LatencyPredictor):
 
     def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
         fit = fit_prior(feature_sums(self.space)(genes), latency_ms, weights)
-        return {"coefficients_ms": by_name(fit.coefficients), "relative_std": relative_std(fit.log_errors)}
+        return {
+            "coefficients_ms": by_name(fit.coefficients),
+            "relative_std": relative_std(fit.log_errors),
+            "left_out": fit.log_errors,
+        }
 
     def _model(self, learned: dict[str, Any]) -> Model:
         sums = feature_sums(self.space).weighted(from_names(learned["coefficients_ms"]))
@@ -150,6 +155,9 @@ class PriorPredictor(LatencyPredictor):
             return mean_ms, std * mean_ms
 
         return predict
+
+    def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
+        return feature_sums(self.space).layer_features * from_names(learned["coefficients_ms"])
 
 
 class MacsPredictor(PriorPredictor):
@@ -171,4 +179,8 @@ class MacsPredictor(PriorPredictor):
         for test in fold_masks(len(costs), _MAX_FOLDS, np.random.default_rng(0)):
             errors[test] = -np.log(costs[test] @ solve(~test) / np.sqrt(weights[test]))
         everything = np.ones(len(costs), dtype=bool)
-        return {"coefficients_ms": by_name(columns @ solve(everything)), "relative_std": relative_std(errors)}
+        return {
+            "coefficients_ms": by_name(columns @ solve(everything)),
+            "relative_std": relative_std(errors),
+            "left_out": errors,
+        }

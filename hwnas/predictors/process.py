@@ -370,6 +370,7 @@ def fitted_process(fit: LayerFit, genes: Genes, latency_ms: FloatArray) -> dict[
         "genes": genes.tolist(),
         "latency_ms": latency_ms.tolist(),
         "noise": fit.noise.tolist(),
+        "left_out": fit.log_errors,
     }
 
 
