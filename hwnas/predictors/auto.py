@@ -11,7 +11,9 @@ from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
 from hwnas.space import Genes
 
 # In the order of preference among the nearly equal: the process knows best where it is unsure.
-_FROM_TO = {"gp": (0, 1000), "prior": (0, np.inf), "lookup": (20, np.inf), "xgboost": (100, np.inf), "macs": (0, np.inf)}
+_FROM_TO = {
+    "gp": (0, 1000), "prior": (0, np.inf), "lookup": (20, np.inf), "xgboost": (100, np.inf), "macs": (0, np.inf),
+}  # fmt: skip
 _NEARLY_EQUAL = 1.03
 
 
@@ -36,7 +38,11 @@ class AutoPredictor(LatencyPredictor):
             for kind, (least, most) in _FROM_TO.items()
             if least <= len(genes) <= most
         }
-        errors = {kind: predictor.statistics.left_out_pct or 0.0 for kind, predictor in fitted.items()}
+        errors = {}
+        for kind, predictor in fitted.items():
+            assert predictor.statistics is not None
+            assert predictor.statistics.left_out_pct is not None
+            errors[kind] = predictor.statistics.left_out_pct
         bar = _NEARLY_EQUAL * min(errors.values())
         chosen = next(kind for kind, error in errors.items() if error <= bar)
         others = ", ".join(f"{kind} {error:.1f}%" for kind, error in errors.items() if kind != chosen)

@@ -46,7 +46,7 @@ _RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 _SLACK = 0.05
 # Degrees of freedom of the Student-t distribution of errors: measurements far off count little.
 _FREEDOM = 3
-_MAX_FOLDS = 10
+_MAX_FOLDS, _FEW_FOLDS, _MANY = 10, 5, 20  # the second from so many measurements on
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,8 @@ def fit_prior(features: FloatArray, latency_ms: FloatArray, weights: FloatArray)
         latency_ms: (num_archs,).
         weights: (num_archs,).
     """
-    folds = fold_masks(len(latency_ms), _MAX_FOLDS, np.random.default_rng(0))
+    num_folds = _FEW_FOLDS if len(latency_ms) >= _MANY else _MAX_FOLDS
+    folds = fold_masks(len(latency_ms), num_folds, np.random.default_rng(0))
     trust = weights
     for _ in range(2):
         trials = []

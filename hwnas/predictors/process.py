@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
-from scipy.sparse.linalg import eigsh
 
 from hwnas.layers import Layer
 from hwnas.predictors.base import FloatArray, Model
@@ -32,14 +31,16 @@ _GRID = np.stack(np.meshgrid(*[np.linspace(-1.5, 1.5, 5)] * 2), axis=-1).reshape
 # Passes of linearisation from each known machine, and from the best of them; how far rates go in one.
 _FIRST_PASSES, _MORE_PASSES = 2, 3
 _LONGEST_STEP = 1.5
+# Known machines that are kept: so many, and none whose log likelihood is so much worse than the best one's.
+_MOST_KEPT, _FAR_WORSE = 3, 2.0
 # The search takes the cube of so many measurements at most; predictions use all.
 _MAX_SEARCHED = 150
 # Degrees of freedom of the Student-t distribution of errors: measurements far off count little.
 _FREEDOM = 3
 # Likeness to a further machine in units of `smooth_std`, by the logarithm of a layer's cost.
 _LIKENESS = 3.0
-# Directions of the layers' covariance that predictions keep exactly.
-_DIRECTIONS = 24
+# Ways in which networks differ that predictions know the covariance of exactly.
+_DIRECTIONS = 32
 _CHUNK = 4096
 # Features whose rates move together, by what they have in common.
 _KINDS = [next((end for end in ("_moved", "_elements", "_macs") if name.endswith(end)), "") for name in FEATURE_NAMES]
@@ -81,6 +82,10 @@ class KnownMachine:
     kind_std: float
     others_ms: FloatArray
 
+    def scaled(self, factor: float) -> KnownMachine:
+        """One so many times as slow."""
+        return replace(self, costs_ms=factor * self.costs_ms)
+
 
 class LayerProcess:
     """The model, linear about given rates, with what was measured.
@@ -90,15 +95,16 @@ class LayerProcess:
         sum_j machine[layer, j] exp(rate_j)  *  exp(smooth(layer) + shape(layer))
 
     with Gaussian rates (those of one kind move together), `smooth` linear in the logarithms of size and channels for
-    each kind of layer and in those of what the layer costs on further machines, and `shape` independent for each shape of layer. To first order the logarithm of the latency
-    is linear in all of them, with the layers' shares of it as weights: a Gaussian process over networks. Added is a
-    smooth function of the network's size and of its share of launches: caches overflow, launches overlap with work.
-    Equation numbers are those of Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006.
+    each kind of layer and in those of what the layer costs on further machines, and `shape` independent for each
+    shape of layer. To first order the logarithm of the latency is linear in all of them, with the layers' shares of
+    it as weights: a Gaussian process over networks. Added is a smooth function of the network's size and of its share
+    of launches: caches overflow, launches overlap with work. Equation numbers are those of Rasmussen and Williams,
+    Gaussian Processes for Machine Learning, 2006.
 
     Args:
         sums: of the space.
         machine: the known one.
-        genes: of the measured networks, (num_archs, num_genes).
+        counts: how often each layer is in each measured network, (num_archs, num_layers).
         latency_ms: (num_archs,).
         log_rates: where the model is linear, (num_features,).
     """
@@ -107,7 +113,7 @@ class LayerProcess:
         self,
         sums: FeatureSums,
         machine: KnownMachine,
-        genes: Genes,
+        counts: csr_array,
         latency_ms: FloatArray,
         log_rates: FloatArray,
     ) -> None:
@@ -120,22 +126,21 @@ class LayerProcess:
         smooth = np.hstack([smooth, _LIKENESS * (ratios - ratios.mean(axis=0))])
         self._launch_ms = self._costs[:, _LAUNCHES].sum(axis=1)
         self._smooth, self._shapes = self._layer_ms[:, None] * smooth, shapes.multiply(self._layer_ms[:, None]).tocsr()
-        counts = sums.counts(genes)
         total_ms = counts @ self._layer_ms
         self._shares = counts.multiply(1 / total_ms[:, None]).tocsr()
         self._by_feature = self._shares @ self._costs
         self._by_smooth, self._by_shape = self._shares @ self._smooth, (self._shares @ self._shapes).tocsr()
         self.targets = np.log(latency_ms / total_ms) + self._by_feature @ log_rates
         self._fixed = self._by_feature @ self._rates_together @ self._by_feature.T
+        raw = self._network(total_ms, counts @ self._launch_ms)
+        self._centre, self._spread = raw.mean(axis=0), _LENGTH * np.maximum(raw.std(axis=0), 1e-3)
+        self._by_network = self._network_functions(raw)
         self._parts = (
             self._by_feature @ self._by_feature.T,
             self._by_smooth @ self._by_smooth.T,
             (self._by_shape @ self._by_shape.T).toarray(),
+            self._by_network @ self._by_network.T,
         )
-        raw = self._network(total_ms, counts @ self._launch_ms)
-        self._centre, self._spread = raw.mean(axis=0), _LENGTH * np.maximum(raw.std(axis=0), 1e-3)
-        self._by_network = self._network_functions(raw)
-        self._parts += (self._by_network @ self._by_network.T,)
 
     @staticmethod
     def _network(total_ms: FloatArray, launch_ms: FloatArray) -> FloatArray:
@@ -207,23 +212,36 @@ class LayerProcess:
         correction = self._to_measured(found) @ alpha - self._costs @ self.log_rates
         return np.asarray(self._costs * np.exp(correction / self._layer_ms)[:, None])
 
-    def model(self, sums: FeatureSums, found: Hyperparameters, noise: FloatArray, std_factor: float) -> Model:
-        """What predicts other networks; equations 2.25 and 2.26.
+    def _probes(self) -> FloatArray:
+        """Weights of layers: how the measured networks differ most, and their mean by kind and size."""
+        _, _, networks = np.linalg.svd(self._shares.toarray(), full_matrices=False)
+        mean = np.asarray(self._shares.mean(axis=0)).reshape(-1, 1)
+        by_kind = mean * self._smooth / self._layer_ms[:, None]
+        return np.hstack([mean, networks[:_DIRECTIONS].T, by_kind])
 
-        All is summed over the layers by table: the latency, the correction of its logarithm, and of the layers'
-        covariance the directions in which the measurements say least; what is left of it counts as independent.
+    def model(self, sums: FeatureSums, found: Hyperparameters, noise: FloatArray) -> Model:
+        """Mean in ms and standard deviation of the logarithm of other networks; equations 2.25 and 2.26.
+
+        All is summed over the layers by table: the latency, the correction of its logarithm, and the layers'
+        covariance, exactly where networks differ most (Nystroem: equation 8.2); the rest counts as independent.
         """
         to_measured = self._to_measured(found)
         lower = cholesky(self.covariance(found, noise), lower=True)
         alpha = cho_solve((lower, True), self.targets)
         correction = to_measured @ alpha - self._costs @ self.log_rates
-        left = self._costs @ self._rates_covariance(found) @ self._costs.T + found.smooth_std**2 * self._smooth @ self._smooth.T
-        left += found.shape_std**2 * (self._shapes @ self._shapes.T).toarray()
         explained = solve_triangular(lower, to_measured.T, lower=True)
-        left -= explained.T @ explained
-        values, vectors = eigsh(left, k=min(_DIRECTIONS, len(left) - 1), v0=np.ones(len(left)))
-        directions = vectors * np.sqrt(np.maximum(values, 0))
-        alone_var = np.maximum(np.diag(left) - (directions**2).sum(axis=1), 0)
+        root = np.hstack(
+            [self._costs @ cholesky(self._rates_covariance(found), lower=True), found.smooth_std * self._smooth]
+        )
+        shapes = found.shape_std * self._shapes
+        probes = self._probes()
+        seen_by = root @ (root.T @ probes) + shapes @ (shapes.T @ probes) - explained.T @ (explained @ probes)
+        values, vectors = np.linalg.eigh(probes.T @ seen_by)
+        sure = values > 1e-9 * values[-1]
+        directions = seen_by @ (vectors[:, sure] / np.sqrt(values[sure]))
+        left_var = (root**2).sum(axis=1) + shapes.power(2).sum(axis=1) - (explained**2).sum(axis=0)
+        rest = np.maximum(left_var - (directions**2).sum(axis=1), 0)
+        mean = probes[:, 0]  # of which the rest is 0: it counts by how far networks are from it
         # The same for what networks have in common, and its covariance with the layers' costs.
         network_var = found.network_std**2
         weights = network_var * self._by_network.T @ alpha
@@ -231,27 +249,29 @@ class LayerProcess:
         network_left = network_var * np.eye(len(_GRID)) - seen.T @ seen
         shared = -2 * explained.T @ seen
         table = sums.by_layer(
-            np.column_stack([self._layer_ms, self._launch_ms, correction, alone_var, directions, shared])
+            np.column_stack([self._layer_ms, self._launch_ms, correction, rest, mean * rest, directions, shared])
         )
-        num_directions = 4 + directions.shape[1]
+        num_directions = 5 + directions.shape[1]
+        of_mean = mean**2 @ rest
 
         def predict_chunk(genes: Genes) -> tuple[FloatArray, FloatArray]:
             found_sums = table(genes)
-            base_ms, launch_ms, corrections, alone_vars = found_sums[:, :4].T
+            base_ms, launch_ms, corrections, rests, mean_rests = found_sums[:, :5].T
             functions = self._network_functions(self._network(base_ms, launch_ms))
             mean_ms = base_ms * np.exp(corrections / base_ms + functions @ weights)
-            of_layers = (alone_vars + (found_sums[:, 4:num_directions] ** 2).sum(axis=1)) / base_ms**2
+            of_layers = (found_sums[:, 5:num_directions] ** 2).sum(axis=1) / base_ms**2
+            of_layers += np.maximum(rests / base_ms**2 - 2 * mean_rests / base_ms + of_mean, 0)
             of_network = network_var + ((functions @ network_left - network_var * functions) * functions).sum(axis=1)
             of_both = (found_sums[:, num_directions:] * functions).sum(axis=1) / base_ms
             variance = np.maximum(of_layers + of_network + of_both, 0) + found.noise_std**2
-            return mean_ms, std_factor * np.sqrt(variance) * mean_ms
+            return mean_ms, np.sqrt(variance)
 
         def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
-            mean_ms, std_ms = np.empty(len(genes)), np.empty(len(genes))
+            mean_ms, std = np.empty(len(genes)), np.empty(len(genes))
             for start in range(0, len(genes), _CHUNK):
                 part = slice(start, start + _CHUNK)
-                mean_ms[part], std_ms[part] = predict_chunk(genes[part])
-            return mean_ms, std_ms
+                mean_ms[part], std[part] = predict_chunk(genes[part])
+            return mean_ms, std
 
         return predict
 
@@ -287,28 +307,6 @@ def _kind(layer: Layer) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerFit:
-    """What `fit_layers` found.
-
-    Attributes:
-        machine: index of the known machine that the measured one resembles most.
-        log_rates: logarithm of each feature's rate beside that machine's where the model is linear, (num_features,).
-        hyperparameters: the likeliest.
-        noise: noise variance of each measurement relative to the usual, (num_archs,).
-        log_errors: log(measured / predicted) of each measurement left out, (num_archs,).
-        std_factor: what to multiply standard deviations with so that 90% of those lie within `Z_90` of them, and
-            a little more for the hyperparameters, which have seen them all.
-    """
-
-    machine: int
-    log_rates: FloatArray
-    hyperparameters: Hyperparameters
-    noise: FloatArray
-    log_errors: FloatArray
-    std_factor: float
-
-
-@dataclass(frozen=True, slots=True)
 class _State:
     log_rates: FloatArray
     hyperparameters: Hyperparameters
@@ -322,12 +320,11 @@ def fit_layers(
     genes: Genes,
     latency_ms: FloatArray,
     weights: FloatArray,
-) -> LayerFit:
-    """The known machine, rates and hyperparameters under which the measurements are likeliest.
+) -> dict[str, Any]:
+    """Describe a measured machine beside known ones, each as probable as it makes the measurements.
 
-    Starts from each machine, goes on from the best, and linearises anew at the most probable rates (Gauss-Newton).
-    Measurements that the others contradict lose weight: Student-t errors by iterative reweighting (Lange, Little
-    and Taylor, JASA 1989, section 3).
+    Linearises anew at the most probable rates (Gauss-Newton). Measurements that the others contradict lose weight:
+    Student-t errors by iterative reweighting (Lange, Little and Taylor, JASA 1989, section 3).
 
     Args:
         sums: of the space.
@@ -335,11 +332,19 @@ def fit_layers(
         genes: (num_archs, num_genes).
         latency_ms: (num_archs,).
         weights: (num_archs,).
+
+    Returns:
+        A JSON object for `process_model` and `process_costs_ms`: the measurements, and for each machine that is worth
+        keeping its index, scale, rates where the model is linear, hyperparameters, noise variances relative to the
+        usual, and probability; `std_factor`, with which standard deviations are multiplied so that 90% of the errors
+        left out lie within `Z_90` of them, and a little more for the hyperparameters, which have seen them all. And
+        `left_out` (see `LatencyPredictor._learn`).
     """
+    counts = sums.counts(genes)
 
     def improve(machine: KnownMachine, state: _State, passes: int) -> _State:
         for _ in range(passes):
-            process = LayerProcess(sums, machine, genes, latency_ms, state.log_rates)
+            process = LayerProcess(sums, machine, counts, latency_ms, state.log_rates)
             loss, found = process.search(state.hyperparameters, state.noise)
             errors, variances = process.left_out(found, state.noise)
             noise = (_FREEDOM + errors**2 / variances) / (_FREEDOM + 1) / weights
@@ -348,48 +353,75 @@ def fit_layers(
             state = _State(state.log_rates + step, found, noise, loss)
         return state
 
+    scales = [float(np.median(latency_ms / (counts @ machine.costs_ms.sum(axis=1)))) for machine in machines]
+    scaled = [machine.scaled(scale) for machine, scale in zip(machines, scales, strict=True)]
     medians = Hyperparameters(*np.exp(_MEDIANS).tolist())
     start = _State(np.zeros(len(FEATURE_NAMES)), medians, 1 / weights)
-    states = [improve(machine, start, _FIRST_PASSES) for machine in machines]
-    best = min(range(len(states)), key=lambda index: states[index].loss)
-    state = improve(machines[best], states[best], _MORE_PASSES)
-    process = LayerProcess(sums, machines[best], genes, latency_ms, state.log_rates)
-    errors, variances = process.left_out(state.hyperparameters, state.noise)
-    return LayerFit(
-        best, state.log_rates, state.hyperparameters, state.noise, errors,
-        conformal_90(np.abs(errors) / np.sqrt(variances)) / Z_90 * np.sqrt(1 + len(_MEDIANS) / len(errors)),
-    )  # fmt: skip
-
-
-def fitted_process(fit: LayerFit, genes: Genes, latency_ms: FloatArray) -> dict[str, Any]:
-    """A fit as a JSON object, for `process_model`."""
+    states = [improve(machine, start, _FIRST_PASSES) for machine in scaled]
+    losses = np.array([state.loss for state in states])
+    kept = [index for index in np.argsort(losses)[:_MOST_KEPT].tolist() if losses[index] < losses.min() + _FAR_WORSE]
+    probabilities = np.exp(losses.min() - losses[kept])
+    probabilities /= probabilities.sum()
+    members, errors, variances = [], np.zeros(len(genes)), np.zeros(len(genes))
+    for index, probability in zip(kept, probabilities.tolist(), strict=True):
+        state = improve(scaled[index], states[index], _MORE_PASSES)
+        process = LayerProcess(sums, scaled[index], counts, latency_ms, state.log_rates)
+        left_out, variance = process.left_out(state.hyperparameters, state.noise)
+        errors, variances = errors + probability * left_out, variances + probability * variance
+        members.append(
+            {
+                "machine": index,
+                "scale": scales[index],
+                "probability": probability,
+                "log_rates": by_name(state.log_rates),
+                "hyperparameters": asdict(state.hyperparameters),
+                "noise": state.noise.tolist(),
+            }
+        )
+    factor = conformal_90(np.abs(errors) / np.sqrt(variances)) / Z_90 * np.sqrt(1 + len(_MEDIANS) / len(errors))
     return {
-        "log_rates": by_name(fit.log_rates),
-        "hyperparameters": asdict(fit.hyperparameters),
-        "std_factor": fit.std_factor,
+        "members": members,
+        "std_factor": float(factor),
         "genes": genes.tolist(),
         "latency_ms": latency_ms.tolist(),
-        "noise": fit.noise.tolist(),
-        "left_out": fit.log_errors,
+        "left_out": errors,
     }
 
 
-def process_model(sums: FeatureSums, machine: KnownMachine, learned: dict[str, Any]) -> Model:
-    """What predicts networks, from what `fitted_process` made and the known machine of the fit."""
-    process, found, noise = _process(sums, machine, learned)
-    return process.model(sums, found, noise, float(learned["std_factor"]))
+def process_model(sums: FeatureSums, machines: Sequence[KnownMachine], learned: dict[str, Any]) -> Model:
+    """What predicts networks, from what `fit_layers` returned for the same machines."""
+    members = [
+        (probability, process.model(sums, found, noise))
+        for probability, process, found, noise in _members(sums, machines, learned)
+    ]
+    factor = float(learned["std_factor"])
+
+    def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
+        logs, variances = np.zeros(len(genes)), np.zeros(len(genes))
+        for probability, model in members:
+            mean_ms, std = model(genes)
+            logs, variances = logs + probability * np.log(mean_ms), variances + probability * std**2
+        mean_ms = np.exp(logs)
+        return mean_ms, factor * np.sqrt(variances) * mean_ms
+
+    return predict
 
 
-def process_costs_ms(sums: FeatureSums, machine: KnownMachine, learned: dict[str, Any]) -> FloatArray:
+def process_costs_ms(sums: FeatureSums, machines: Sequence[KnownMachine], learned: dict[str, Any]) -> FloatArray:
     """The same for what the features cost in each layer, (num_layers, num_features)."""
-    process, found, noise = _process(sums, machine, learned)
-    return process.costs_ms(found, noise)
+    return sum(
+        (p * process.costs_ms(found, noise) for p, process, found, noise in _members(sums, machines, learned)),
+        start=np.zeros((len(sums.layers), len(FEATURE_NAMES))),
+    )
 
 
-def _process(
-    sums: FeatureSums, machine: KnownMachine, learned: dict[str, Any]
-) -> tuple[LayerProcess, Hyperparameters, FloatArray]:
-    genes = np.array(learned["genes"], dtype=np.int8)
-    latency_ms, noise = np.array(learned["latency_ms"]), np.array(learned["noise"])
-    process = LayerProcess(sums, machine, genes, latency_ms, from_names(learned["log_rates"]))
-    return process, Hyperparameters(**learned["hyperparameters"]), noise
+def _members(
+    sums: FeatureSums, machines: Sequence[KnownMachine], learned: dict[str, Any]
+) -> Iterator[tuple[float, LayerProcess, Hyperparameters, FloatArray]]:
+    counts = sums.counts(np.array(learned["genes"], dtype=np.int8))
+    latency_ms = np.array(learned["latency_ms"])
+    for member in learned["members"]:
+        machine = machines[member["machine"]].scaled(float(member["scale"]))
+        process = LayerProcess(sums, machine, counts, latency_ms, from_names(member["log_rates"]))
+        found = Hyperparameters(**member["hyperparameters"])
+        yield float(member["probability"]), process, found, np.array(member["noise"])

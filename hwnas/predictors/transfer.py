@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from hwnas.errors import InputError
 from hwnas.predictors import make_predictor
 from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
 from hwnas.predictors.features import feature_sums
-from hwnas.predictors.process import KnownMachine, fit_layers, fitted_process, process_costs_ms, process_model
+from hwnas.predictors.process import KnownMachine, fit_layers, process_costs_ms, process_model
 from hwnas.space import Genes, SearchSpace
 
 # Devices of one family differ in the ratio of arithmetic to memory less than any two machines do.
@@ -21,8 +22,9 @@ _KIND_STD = 0.5
 class TransferPredictor(LatencyPredictor):
     """Takes the known machine of `LayerProcess` from predictors of other devices.
 
-    The source under which the measurements are likeliest is adapted: its rates by kind, what its layers cost, and
-    towards the other sources where these explain the measurements better.
+    The sources under which the measurements are likeliest are adapted: their rates by kind, what their layers cost,
+    and towards the other sources where these explain the measurements better. Each then counts as much as it is
+    probable.
 
         predictor = TransferPredictor(space, [load_predictor("pixel4.json"), load_predictor("note10.json")])
         predictor.fit(archs, latency_ms)
@@ -39,36 +41,26 @@ class TransferPredictor(LatencyPredictor):
         wrong = [source for source in sources if source.space != space]
         if wrong:
             raise InputError(f"a source's space is {wrong[0].space.name!r}, not {space.name!r}: fit it for this space")
-        self._sources = [{"kind": content["kind"], "learned": content["learned"]} for content in
-                         (source.to_dict() for source in sources)]
+        self._sources = [{key: source.to_dict()[key] for key in ("kind", "learned")} for source in sources]
+
+    @cached_property
+    def _known(self) -> list[KnownMachine]:
+        return self._machines(self._sources)
 
     def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
         if not self._sources:
             raise InputError("a transfer needs fitted predictors of other devices: give it sources")
-        sums = feature_sums(self.space)
-        machines = self._machines(self._sources)
-        counts = sums.counts(genes)
-        scales = [np.median(latency_ms / (counts @ machine.costs_ms.sum(axis=1))) for machine in machines]
-        scaled = [KnownMachine(m.costs_ms * s, m.kind_std, m.others_ms) for m, s in zip(machines, scales, strict=True)]
-        fit = fit_layers(sums, scaled, genes, latency_ms, weights)
-        return {
-            "sources": self._sources,
-            "machine": fit.machine,
-            "scale": float(scales[fit.machine]),
-            **fitted_process(fit, genes, latency_ms),
-        }
+        fit = fit_layers(feature_sums(self.space), self._known, genes, latency_ms, weights)
+        return {"sources": self._sources, **fit}
 
     def _machines(self, sources: Sequence[dict[str, Any]]) -> list[KnownMachine]:
         costs = [make_predictor(s["kind"], self.space)._costs_ms(s["learned"]) for s in sources]
         layers = np.stack([cost.sum(axis=1) for cost in costs], axis=1)
         return [KnownMachine(cost, _KIND_STD, np.delete(layers, i, axis=1)) for i, cost in enumerate(costs)]
 
-    def _machine(self, learned: dict[str, Any]) -> KnownMachine:
-        found = self._machines(learned["sources"])[learned["machine"]]
-        return KnownMachine(found.costs_ms * float(learned["scale"]), found.kind_std, found.others_ms)
-
     def _model(self, learned: dict[str, Any]) -> Model:
-        return process_model(feature_sums(self.space), self._machine(learned), learned)
+        machines = self._known if learned["sources"] == self._sources else self._machines(learned["sources"])
+        return process_model(feature_sums(self.space), machines, learned)
 
     def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
-        return process_costs_ms(feature_sums(self.space), self._machine(learned), learned)
+        return process_costs_ms(feature_sums(self.space), self._machines(learned["sources"]), learned)
