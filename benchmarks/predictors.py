@@ -319,8 +319,8 @@ def speed() -> list[str]:
 def write(results: Results, arguments: argparse.Namespace, seconds: float) -> str:
     lines = heading(
         "Latency predictors on published measurements",
-        f"{arguments.seeds} seeds ({arguments.slow_seeds} of {', '.join(SLOW)}), {HELD_OUT} networks held out each; {len(results)} fits, 1 process, {seconds:.0f} s "
-        "in this run (the rest from its cache)",
+        f"{arguments.seeds} seeds ({min(arguments.slow_seeds, arguments.seeds)} of {', '.join(SLOW)}), {HELD_OUT} "
+        f"networks held out each; {len(results)} fits, 1 process, {seconds:.0f} s in this run (the rest cached)",
     )
     lines += ["Our layers of the FBNet networks have the table's MACs exactly (CIFAR-100 and ImageNet).", ""]
     lines += ["## Goals", "", *goals(results)]

@@ -553,12 +553,6 @@ def test_process_leaves_out_as_leaving_out_does():
         assert variances[i] == pytest.approx(clean - solved @ covariance[rest, i])
 
 
-def assert_a_little_more(std, exact):
-    """What predictions keep of the layers' covariance only in part counts as independent."""
-    assert np.all(std > 0.97 * exact)
-    assert np.all(std < 1.35 * exact)
-
-
 def test_process_predicts_by_table_what_the_covariances_say():
     process, noise = process_problem()
     sums, new = feature_sums(TINY), TEST[:8]
@@ -571,7 +565,7 @@ def test_process_predicts_by_table_what_the_covariances_say():
     variance = np.diag(joint)[12:] - (solved * joint[12:, :12]).sum(axis=1) + found.noise_std**2
     mean_ms, std = process.model(sums, found, noise)(TINY.encode(new))
     np.testing.assert_allclose(mean_ms, np.exp(solved @ process.targets - both.targets[12:]), rtol=1e-6)
-    assert_a_little_more(std, np.sqrt(variance))
+    np.testing.assert_allclose(std, np.sqrt(variance), rtol=0.15)  # of the covariance a part is approximated
 
 
 def test_process_counts_what_networks_have_in_common_once():
@@ -580,7 +574,9 @@ def test_process_counts_what_networks_have_in_common_once():
     prior, covariance = process.covariance(found, 0 * noise), process.covariance(found, noise)
     left = np.diag(prior - prior @ np.linalg.solve(covariance, prior))
     _, std = process.model(feature_sums(TINY), found, noise)(TINY.encode(TRAIN[:12]))
-    assert_a_little_more(std, np.sqrt(left + found.noise_std**2))
+    exact = np.sqrt(left + found.noise_std**2)
+    assert np.all(std > 0.97 * exact)
+    assert np.all(std < 1.35 * exact)
 
 
 def test_a_table_knows_the_layers_it_saw():
