@@ -7,8 +7,9 @@ are sums over it. A layer names the layers whose outputs it reads, so the list i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from itertools import product
 from typing import Literal, TypeAlias
 
@@ -253,8 +254,12 @@ class Segment:
         return (self.lower(*values) for values in product(*self.choices))
 
 
+@singledispatch
 def segments(space: SearchSpace) -> Iterator[Segment]:
-    """Every part of the networks of a space; a child's layers are one combination out of each."""
+    """Every part of the networks of a space; a child's layers are one combination out of each.
+
+    Spaces of other networks, such as those of published tables, register how theirs are made.
+    """
     choices = {gene.name: gene.choices for gene in space.genes}
 
     def segment(genes: Sequence[str], lower: Callable[..., tuple[Layer, ...]]) -> Segment:
@@ -313,19 +318,24 @@ class LayerSums:
         column = {gene.name: index for index, gene in enumerate(space.genes)}
         self._num_genes = len(column)
         self._tables: list[tuple[list[tuple[int, int]], NDArray[np.float64]]] = []
-        num_quantities = len(measure(stem_layers(space, 32, 8)[0]))
+        any_layer = Layer(name="", kind="add", inputs=(), in_channels=1, out_channels=1, in_size=1)
+        num_quantities = len(measure(any_layer))
         for segment in segments(space):
             sums = [
                 np.sum([measure(layer) for layer in layers], axis=0) if layers else np.zeros(num_quantities)
                 for layers in segment.layers()
             ]
-            # (gene column, number of choices), leaving out what does not vary.
-            axes = [
-                (column[gene], len(options))
-                for gene, options in zip(segment.genes, segment.choices, strict=True)
-                if len(options) > 1
-            ]
+            axes = self._axes(segment, column)
             self._tables.append((axes, np.asarray(sums, dtype=np.float64)))
+
+    @staticmethod
+    def _axes(segment: Segment, column: Mapping[str, int]) -> list[tuple[int, int]]:
+        """(Gene column, number of choices) of what a segment depends on, leaving out what does not vary."""
+        return [
+            (column[gene], len(options))
+            for gene, options in zip(segment.genes, segment.choices, strict=True)
+            if len(options) > 1
+        ]
 
     def __call__(self, genes: Genes, chunk: int = 16384) -> NDArray[np.float64]:
         """Totals of shape (num_archs, num_quantities) for genes of shape (num_archs, num_genes).

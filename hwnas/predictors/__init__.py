@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from hwnas.space import SearchSpace
 _KINDS = {
     "auto": ("auto", "AutoPredictor"),
     "gp": ("gp", "GpPredictor"),
+    "lookup": ("lookup", "LookupPredictor"),
     "macs": ("prior", "MacsPredictor"),
     "prior": ("prior", "PriorPredictor"),
+    "transfer": ("transfer", "TransferPredictor"),
     "xgboost": ("xgboost", "XgboostPredictor"),
 }
 
@@ -29,16 +32,22 @@ def predictor_kinds() -> tuple[str, ...]:
     return tuple(_KINDS)
 
 
-def make_predictor(kind: str, space: SearchSpace) -> LatencyPredictor:
+def make_predictor(kind: str, space: SearchSpace, sources: Sequence[LatencyPredictor] = ()) -> LatencyPredictor:
     """A predictor of a kind, to be fitted.
 
-    `macs` is the baseline, `prior` sums costs over the layers, `gp` and `xgboost` add what they learn of its errors,
-    `auto` takes whichever of these predicts best.
+    `macs` and `lookup` (a cost for each layer) are baselines, `prior` sums costs over the layers, `gp` and `xgboost`
+    add what they learn of its errors, `auto` takes whichever of these predicts best. `transfer` adapts the best of
+    `sources`, fitted predictors of other devices for the same space.
 
     Raises:
-        InputError: unknown kind.
+        InputError: unknown kind, or sources for a kind that takes none.
     """
-    return _predictor_class(kind)(space)
+    found = _predictor_class(kind)
+    if not sources:
+        return found(space)
+    if kind != "transfer":
+        raise InputError(f"predictor {kind!r} takes no sources: kind 'transfer' does")
+    return found(space, sources)  # type: ignore[call-arg]
 
 
 def load_predictor(path: str | Path) -> LatencyPredictor:

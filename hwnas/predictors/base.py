@@ -35,12 +35,15 @@ class FitStatistics:
         num_samples: measurements.
         least_ms, greatest_ms: their range.
         mape_pct: mean absolute error on these same measurements, percent; on others it is greater.
+        left_out_pct: mean of |log(measured / predicted)| of measurements left out of the fit in turn, percent; None
+            where the kind does not tell.
     """
 
     num_samples: int
     least_ms: float
     greatest_ms: float
     mape_pct: float
+    left_out_pct: float | None = None
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -115,7 +118,8 @@ class LatencyPredictor(ABC):
             weights: (num_archs,), over 0, mean 1.
 
         Returns:
-            What `_model` needs: dicts, lists, strings and finite numbers.
+            What `_model` needs: dicts, lists, strings and finite numbers. Under `left_out`, which is not kept, it may
+            give log(measured / predicted) of each measurement left out of the fit, (num_archs,).
         """
 
     @abstractmethod
@@ -125,6 +129,14 @@ class LatencyPredictor(ABC):
         Called by `fit` and `load`. The standard deviation is that of a new measurement, noise included. May raise
         LookupError, TypeError or ValueError where `learned` is not what `_learn` returns.
         """
+
+    def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
+        """What each feature costs in each layer of the space, ms, (num_layers, num_features): for `transfer`.
+
+        Raises:
+            InputError: the kind does not know.
+        """
+        raise InputError(f"a predictor of kind {self.kind!r} cannot be transferred: take one of kind gp")
 
     # ------------------------------------------------------ what callers use
 
@@ -161,6 +173,7 @@ class LatencyPredictor(ABC):
         order = np.lexsort((importance, latency, *genes.T))
         genes, latency, importance = genes[order], latency[order], importance[order]
         learned = self._learn(genes, latency, importance / importance.mean())
+        left_out = learned.pop("left_out", None)
         self._learned = json.loads(json.dumps(learned, allow_nan=False))
         self._predict = self._model(self._learned)
         mean_ms, _ = self._predict(genes)
@@ -169,6 +182,7 @@ class LatencyPredictor(ABC):
             least_ms=float(latency.min()),
             greatest_ms=float(latency.max()),
             mape_pct=100 * float(np.abs(mean_ms / latency - 1).mean()),
+            left_out_pct=None if left_out is None else 100 * float(np.average(np.abs(left_out), weights=importance)),
         )
         return self
 

@@ -8,10 +8,11 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 
 from hwnas.errors import InputError
-from hwnas.layers import Layer, LayerSums
-from hwnas.space import SearchSpace
+from hwnas.layers import Layer, LayerSums, segments
+from hwnas.space import Genes, SearchSpace
 
 # Units: multiply-adds (`_macs`), elements of activations read and written (`_moved`), elements an activation
 # function is applied to (`_elements`), weights, and counts of operations. Saved predictors refer to these names:
@@ -19,9 +20,9 @@ from hwnas.space import SearchSpace
 FEATURE_NAMES = (
     "dense_macs", "pointwise_macs", "padding_macs",
     "depthwise3_macs", "depthwise3_stride2_macs", "depthwise5_macs", "depthwise5_stride2_macs",
-    "depthwise7_macs", "depthwise7_stride2_macs", "depthwise_padding_macs", "linear_macs",
-    "dense_moved", "pointwise_moved", "depthwise_moved", "pool_moved", "elementwise_moved", "weights",
-    "convs", "depthwise_convs", "pools", "elementwise_ops", "squeeze_excites",
+    "depthwise7_macs", "depthwise7_stride2_macs", "depthwise_padding_macs", "grouped_macs", "linear_macs",
+    "dense_moved", "pointwise_moved", "depthwise_moved", "grouped_moved", "pool_moved", "elementwise_moved", "weights",
+    "convs", "depthwise_convs", "grouped_convs", "pools", "elementwise_ops", "squeeze_excites",
     "relu_elements", "swish_elements", "h_swish_elements", "sigmoid_elements", "h_sigmoid_elements",
     "networks",
 )  # fmt: skip
@@ -34,7 +35,7 @@ _LANES = 16
 def layer_features(layer: Layer) -> Sequence[float]:
     """The quantities of one layer, (num_features,), in the order of `FEATURE_NAMES`.
 
-    Convolutions with groups count as depthwise; depthwise kernels over 7 as 7, under 3 as 3. `padding_macs` and
+    Depthwise kernels over 7 count as 7, under 3 as 3. `padding_macs` and
     `depthwise_padding_macs` are what filling channels up to a multiple of 16 adds. `networks` is 1 in the
     classifier, which every network has once.
     """
@@ -47,6 +48,10 @@ def layer_features(layer: Layer) -> Sequence[float]:
     written = layer.out_channels * layer.out_size**2
     add("weights", layer.num_weights)
     match layer.kind:
+        case "conv" if 1 < layer.groups < layer.in_channels:
+            add("grouped_macs", layer.macs)
+            add("grouped_moved", read + written)
+            add("grouped_convs", 1)
         case "conv" if layer.depthwise:
             kernel, stride = min(max(layer.kernel, 3), 7), "_stride2" if layer.stride > 1 else ""
             add(f"depthwise{kernel}{stride}_macs", layer.macs)
@@ -85,20 +90,70 @@ def _padded(channels: int) -> int:
 
 
 class FeatureSums(LayerSums):
-    """Features of many networks at once, from their genes: (num_archs, num_features)."""
+    """Features of many networks at once, from their genes: (num_archs, num_features).
+
+    Attributes:
+        layers: the different layers that networks of the space are made of, (num_layers,).
+        layer_features: their features, (num_layers, num_features).
+    """
 
     def __init__(self, space: SearchSpace) -> None:
-        super().__init__(space, layer_features)
+        column = {gene.name: index for index, gene in enumerate(space.genes)}
+        self._num_genes = len(column)
+        index: dict[tuple[object, ...], int] = {}
+        self.layers: list[Layer] = []
+        parts = []
+        for segment in segments(space):
+            rows, columns = [], []
+            num_rows = 0
+            for row, layers in enumerate(segment.layers()):
+                num_rows = row + 1
+                for layer in layers:
+                    key = (*layer_shape(layer), layer.in_size)
+                    if key not in index:
+                        index[key] = len(index)
+                        self.layers.append(layer)
+                    rows.append(row)
+                    columns.append(index[key])
+            parts.append((self._axes(segment, column), num_rows, rows, columns))
+        self.layer_features = np.array([layer_features(layer) for layer in self.layers])
+        self._incidence = [
+            (axes, csr_array((np.ones(len(rows)), (rows, columns)), shape=(num_rows, len(index))))
+            for axes, num_rows, rows, columns in parts
+        ]
+        self._tables = self.by_layer(self.layer_features)._tables
+
+    def by_layer(self, values: NDArray[np.float64]) -> LayerSums:
+        """Sums of other quantities of the layers, (num_layers, num_outputs) -> (num_archs, num_outputs)."""
+        sums = copy(self)
+        sums._tables = [(axes, incidence @ values) for axes, incidence in self._incidence]
+        return sums
+
+    def counts(self, genes: Genes) -> csr_array:
+        """How often each layer is in each network: sparse, (num_archs, num_layers)."""
+        columns = np.maximum(genes.T, 0).astype(np.int64)
+        total = csr_array((len(genes), len(self.layers)))
+        for axes, incidence in self._incidence:
+            row = np.zeros(len(genes), dtype=np.int64)
+            for column, size in axes:
+                row = row * size + columns[column]
+            total = total + incidence[row]
+        return total
 
     def weighted(self, coefficients: NDArray[np.float64]) -> LayerSums:
         """Sums of `coefficients` times features: (num_archs, 1) for (num_features,), in a tenth of the time.
 
         With shape (num_features, num_outputs) so many sums at once, (num_archs, num_outputs).
         """
-        matrix = coefficients.reshape(len(FEATURE_NAMES), -1)
-        sums = copy(self)
-        sums._tables = [(axes, table @ matrix) for axes, table in self._tables]
-        return sums
+        return self.by_layer(self.layer_features @ coefficients.reshape(len(FEATURE_NAMES), -1))
+
+
+def layer_shape(layer: Layer) -> tuple[object, ...]:
+    """What makes two layers the same but for the size of their feature maps."""
+    return (
+        layer.kind, layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.groups, layer.activation,
+        layer.norm,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=8)

@@ -20,26 +20,33 @@ from hwnas.space import Genes
 _DEFAULT_NS = {
     "dense_macs": 0.1, "pointwise_macs": 0.1, "padding_macs": 0.05,
     "depthwise3_macs": 0.4, "depthwise3_stride2_macs": 0.4, "depthwise5_macs": 0.4, "depthwise5_stride2_macs": 0.4,
-    "depthwise7_macs": 0.4, "depthwise7_stride2_macs": 0.4, "depthwise_padding_macs": 0.4, "linear_macs": 0.3,
-    "dense_moved": 0.4, "pointwise_moved": 0.4, "depthwise_moved": 0.4, "pool_moved": 0.4,
+    "depthwise7_macs": 0.4, "depthwise7_stride2_macs": 0.4, "depthwise_padding_macs": 0.4, "grouped_macs": 0.2,
+    "linear_macs": 0.3,
+    "dense_moved": 0.4, "pointwise_moved": 0.4, "depthwise_moved": 0.4, "grouped_moved": 0.8, "pool_moved": 0.4,
     "elementwise_moved": 0.4, "weights": 0.4,
     "relu_elements": 0.1, "swish_elements": 1.0, "h_swish_elements": 1.0, "sigmoid_elements": 1.0,
     "h_sigmoid_elements": 1.0,
 }  # fmt: skip
 _LAUNCH_NS = {
-    "convs": 3e3, "depthwise_convs": 3e3, "pools": 3e3, "elementwise_ops": 3e3, "squeeze_excites": 1e3, "networks": 1e4,
+    "convs": 3e3, "depthwise_convs": 3e3, "grouped_convs": 6e3, "pools": 3e3, "elementwise_ops": 3e3,
+    "squeeze_excites": 1e3, "networks": 1e4,
 }  # fmt: skip
 
 # How much dearer than on that core starting an operation is beside the arithmetic: a mobile CPU, a GPU at a large
 # batch, a GPU that waits for the next launch. Cross-validation picks.
 _LAUNCH_FACTORS = (1, 100, 1000)
+DEFAULT_MACHINES = tuple(
+    np.array([(_DEFAULT_NS | {name: ns * factor for name, ns in _LAUNCH_NS.items()})[name] for name in FEATURE_NAMES])
+    * 1e-6
+    for factor in _LAUNCH_FACTORS
+)
 # Strength of the pull to the default rates; cross-validation picks.
 _RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
 # A feature that explains nothing on the default machine may still cost this share of the latency.
 _SLACK = 0.05
 # Degrees of freedom of the Student-t distribution of errors: measurements far off count little.
 _FREEDOM = 3
-_MAX_FOLDS = 10
+_MAX_FOLDS, _FEW_FOLDS, _MANY = 10, 5, 20  # the second from so many measurements on
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +81,12 @@ def fit_prior(features: FloatArray, latency_ms: FloatArray, weights: FloatArray)
         latency_ms: (num_archs,).
         weights: (num_archs,).
     """
-    folds = fold_masks(len(latency_ms), _MAX_FOLDS, np.random.default_rng(0))
-    machines = [_default_rates(factor) for factor in _LAUNCH_FACTORS]
+    num_folds = _FEW_FOLDS if len(latency_ms) >= _MANY else _MAX_FOLDS
+    folds = fold_masks(len(latency_ms), num_folds, np.random.default_rng(0))
     trust = weights
     for _ in range(2):
         trials = []
-        for rates in machines:
+        for rates in DEFAULT_MACHINES:
             for ridge in _RIDGES:
                 errors = np.empty(len(latency_ms))
                 for test in folds:
@@ -91,11 +98,6 @@ def fit_prior(features: FloatArray, latency_ms: FloatArray, weights: FloatArray)
         scale = max(1.4826 * float(np.median(np.abs(errors))), 0.005)  # from median to standard deviation
         trust = weights * (_FREEDOM + 1) / (_FREEDOM + (errors / scale) ** 2)
     return PriorFit(_solve(features, latency_ms, trust, rates, ridge), errors, trust)
-
-
-def _default_rates(launch_factor: float) -> FloatArray:
-    rates = _DEFAULT_NS | {name: ns * launch_factor for name, ns in _LAUNCH_NS.items()}
-    return np.array([rates[name] for name in FEATURE_NAMES]) * 1e-6
 
 
 def _solve(
@@ -139,7 +141,11 @@ class PriorPredictor(LatencyPredictor):
 
     def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
         fit = fit_prior(feature_sums(self.space)(genes), latency_ms, weights)
-        return {"coefficients_ms": by_name(fit.coefficients), "relative_std": relative_std(fit.log_errors)}
+        return {
+            "coefficients_ms": by_name(fit.coefficients),
+            "relative_std": relative_std(fit.log_errors),
+            "left_out": fit.log_errors,
+        }
 
     def _model(self, learned: dict[str, Any]) -> Model:
         sums = feature_sums(self.space).weighted(from_names(learned["coefficients_ms"]))
@@ -150,6 +156,9 @@ class PriorPredictor(LatencyPredictor):
             return mean_ms, std * mean_ms
 
         return predict
+
+    def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
+        return feature_sums(self.space).layer_features * from_names(learned["coefficients_ms"])
 
 
 class MacsPredictor(PriorPredictor):
@@ -171,4 +180,8 @@ class MacsPredictor(PriorPredictor):
         for test in fold_masks(len(costs), _MAX_FOLDS, np.random.default_rng(0)):
             errors[test] = -np.log(costs[test] @ solve(~test) / np.sqrt(weights[test]))
         everything = np.ones(len(costs), dtype=bool)
-        return {"coefficients_ms": by_name(columns @ solve(everything)), "relative_std": relative_std(errors)}
+        return {
+            "coefficients_ms": by_name(columns @ solve(everything)),
+            "relative_std": relative_std(errors),
+            "left_out": errors,
+        }

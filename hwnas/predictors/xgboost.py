@@ -66,6 +66,7 @@ class XgboostPredictor(LatencyPredictor):
             "coefficients_ms": by_name(fit.coefficients),
             "trees": trees,
             "relative_std": relative_std(errors[best]),
+            "left_out": errors[best],
         }
 
     def _model(self, learned: dict[str, Any]) -> Model:
@@ -82,6 +83,9 @@ class XgboostPredictor(LatencyPredictor):
             return mean_ms, std * mean_ms
 
         return predict
+
+    def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:  # without the trees, which know networks only
+        return feature_sums(self.space).layer_features * from_names(learned["coefficients_ms"])
 
     def _inputs(self, genes: Genes) -> NDArray[np.float32]:
         return np.hstack([feature_sums(self.space)(genes), genes]).astype(np.float32)
