@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hwnas.api import Profile
+    from hwnas.layers import Layer
     from hwnas.run import RunConfig
     from hwnas.training.plan import Plan
 
@@ -387,16 +388,35 @@ def export(
     RUN,
     DEVICE,
     click.option("--arch", "archs", multiple=True, required=True, metavar="smallest|biggest|FILE", help="May repeat."),
+    click.option("--layers", is_flag=True, help="Also where the milliseconds go, layer by layer."),
     JSON,
 )
-def predict(run: str | None, device: str, archs: tuple[str, ...], as_json: bool) -> None:
-    """Predict the latency of children on a device."""
+def predict(run: str | None, device: str, archs: tuple[str, ...], layers: bool, as_json: bool) -> None:
+    """Predict the latency of children on a device; perhaps where the milliseconds go."""
     from hwnas import api
 
     found = api.predict(device, archs, run)
     rows = [[name, f"{p['predicted_ms']:.4f}", f"{p['std_ms']:.4f}"] for name, p in zip(archs, found, strict=True)]
     columns = ["child", "predicted ms", "standard deviation"]
-    finish(as_json, {"device": device, "predictions": found}, table(f"on {device}", columns, rows))
+    shown = [table(f"on {device}", columns, rows)]
+    if layers:
+        for name, prediction in zip(archs, found, strict=True):
+            child, costs = api.breakdown(device, name, run)
+            prediction["layers"] = [{"name": layer.name, "kind": layer.kind, "ms": ms} for layer, ms in costs]
+            shown.append(_show_breakdown(f"{name}: {child.describe()}", costs))
+    finish(as_json, {"device": device, "predictions": found}, *shown)
+
+
+def _show_breakdown(title: str, costs: Sequence[tuple[Layer, float]]) -> Table:
+    """Each layer with its milliseconds, its share, and a bar as long as that."""
+    total, most = sum(ms for _, ms in costs), max(ms for _, ms in costs)
+    rows = []
+    for layer, ms in costs:
+        what = f"{layer.kernel}x{layer.kernel}" if layer.kind == "conv" else layer.kind.replace("_", " ")
+        what += " depthwise" if layer.kind == "conv" and layer.depthwise else ""
+        size = f"{layer.in_channels} > {layer.out_channels}, {layer.out_size} px"
+        rows.append([layer.name, what, size, f"{ms:.4f}", f"{ms / total:.1%}", "█" * round(40 * ms / most)])
+    return table(title, ["layer", "", "channels", "ms", "share", ""], rows)
 
 
 @command(

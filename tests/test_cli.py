@@ -141,6 +141,9 @@ def counts(run: Path) -> dict[str, int]:
 
 def test_predict(capsys, run):
     words = ["predict", "--run", run, "--device", "quick", "--arch", "smallest", "--arch", "biggest"]
+    for found in document(capsys, *words, "--layers")["predictions"]:
+        assert sum(layer["ms"] for layer in found["layers"]) == pytest.approx(found["predicted_ms"])
+    assert "stage1.block1.depthwise" in hwnas(capsys, *words, "--layers")[1]
     small, big = document(capsys, *words)["predictions"]
     assert 0 < small["predicted_ms"] < big["predicted_ms"]
     assert small["std_ms"] > 0

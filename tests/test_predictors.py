@@ -441,6 +441,35 @@ def test_prior_recovers_a_machine():
     assert np.all(std_ms < 0.01 * mean_ms)
 
 
+def depthwise_machine_ms(archs):
+    """Of a machine on which nothing but depthwise convolutions takes time: 1 ns a multiply-add."""
+    return np.array([sum(layer.macs for layer in lower(TINY, arch) if layer.depthwise) * 1e-6 for arch in archs])
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [("gp", 0.95), ("auto", 0.95), ("prior", 0.7), ("lookup", 0.7), ("xgboost", 0.7)]
+)
+def test_where_the_milliseconds_go(kind, least):
+    """The prior's ridge leaves some of the time where a middling machine spends it."""
+    predictor = make_predictor(kind, TINY).fit(TRAIN, depthwise_machine_ms(TRAIN))
+    for arch in TEST[:5]:
+        costs = predictor.breakdown_ms(arch)
+        assert [layer for layer, _ in costs] == list(lower(TINY, arch))
+        assert sum(ms for _, ms in costs) == pytest.approx(predictor.predict([arch])[0][0])
+        found = sum(ms for layer, ms in costs if layer.depthwise)
+        assert least < found / depthwise_machine_ms([arch])[0] < 1.05
+
+
+def test_breakdown_refuses():
+    with pytest.raises(NotFittedError):
+        make_predictor("gp", TINY).breakdown_ms(TEST[0])
+    own = PerResolution(TINY).fit(TRAIN[:30], machine_ms(TRAIN[:30]))
+    with pytest.raises(
+        InputError, match=f"kind '{own.kind}' does not know what single layers cost: fit one of kind gp"
+    ):
+        own.breakdown_ms(TEST[0])
+
+
 def test_prior_is_useful_after_ten():
     few, latency_ms = TRAIN[:10], machine_ms(TRAIN[:10], 0.02)
     prior, macs = (

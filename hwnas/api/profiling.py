@@ -17,6 +17,7 @@ from hwnas.api.costs import read_architecture
 from hwnas.devices import Device, device_name
 from hwnas.devices.base import Timing
 from hwnas.errors import DeviceError, InputError
+from hwnas.layers import Layer
 from hwnas.measurement import Measurement, Role
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
@@ -292,3 +293,25 @@ def predict(
         {"architecture": arch.to_dict(), "predicted_ms": float(m), "std_ms": float(s)}
         for arch, m, s in zip(children, mean, std, strict=True)
     ]
+
+
+def breakdown(
+    device: str, arch: str | Path | Architecture, run: str | Path | None = None
+) -> tuple[Architecture, list[tuple[Layer, float]]]:
+    """Where the milliseconds of a child go on a device.
+
+    Args:
+        device: a device with a predictor in the run.
+        arch: an architecture, `smallest`, `biggest`, or a file (see `read_architecture`).
+        run: the run folder.
+
+    Returns:
+        The child, and its layers in order of execution with the milliseconds of each; they add up to the prediction.
+
+    Raises:
+        InputError: no predictor for the device yet, one that does not know single layers, or an architecture outside
+            the space.
+    """
+    opened = Run(run)
+    child = opened.space.check(read_architecture(arch, opened.space))
+    return child, opened.predictor(device_name(device)).breakdown_ms(child)

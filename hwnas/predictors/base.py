@@ -17,6 +17,8 @@ from pydantic import ConfigDict, with_config
 from hwnas.config import check
 from hwnas.errors import InputError
 from hwnas.files import write_text
+from hwnas.layers import Layer, lower
+from hwnas.predictors.features import feature_sums
 from hwnas.space import Architecture, Genes, SearchSpace
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -131,12 +133,14 @@ class LatencyPredictor(ABC):
         """
 
     def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
-        """What each feature costs in each layer of the space, ms, (num_layers, num_features): for `transfer`.
+        """What each feature costs in each layer of the space, ms, (num_layers, num_features).
+
+        `FeatureSums.layers` are these layers. For `transfer` and `breakdown_ms`.
 
         Raises:
             InputError: the kind does not know.
         """
-        raise InputError(f"a predictor of kind {self.kind!r} cannot be transferred: take one of kind gp")
+        raise InputError(f"a predictor of kind {self.kind!r} does not know what single layers cost: fit one of kind gp")
 
     # ------------------------------------------------------ what callers use
 
@@ -200,6 +204,22 @@ class LatencyPredictor(ABC):
         if self._predict is None:
             raise self._not_fitted()
         return self._predict(genes)
+
+    def breakdown_ms(self, arch: Architecture) -> list[tuple[Layer, float]]:
+        """Where the milliseconds go: the layers of a child in order of execution, each with its cost.
+
+        They add up to the predicted latency: what a network costs as a whole is spread over its layers.
+
+        Raises:
+            NotFittedError: before `fit`.
+            InputError: the architecture is not of the predictor's space, or the kind does not know single layers.
+        """
+        if self._learned is None:
+            raise self._not_fitted()
+        (mean_ms,), _ = self.predict([arch])
+        layers = lower(self.space, arch)
+        costs = self._costs_ms(self._learned).sum(axis=1)[feature_sums(self.space).rows(layers)]
+        return list(zip(layers, (costs * mean_ms / costs.sum()).tolist(), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """All that the predictor is, for JSON: equal for predictors that predict the same.

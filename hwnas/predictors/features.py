@@ -100,7 +100,7 @@ class FeatureSums(LayerSums):
     def __init__(self, space: SearchSpace) -> None:
         column = {gene.name: index for index, gene in enumerate(space.genes)}
         self._num_genes = len(column)
-        index: dict[tuple[object, ...], int] = {}
+        index = self._index = dict[tuple[object, ...], int]()
         self.layers: list[Layer] = []
         parts = []
         for segment in segments(space):
@@ -109,7 +109,7 @@ class FeatureSums(LayerSums):
             for row, layers in enumerate(segment.layers()):
                 num_rows = row + 1
                 for layer in layers:
-                    key = (*layer_shape(layer), layer.in_size)
+                    key = self._key(layer)
                     if key not in index:
                         index[key] = len(index)
                         self.layers.append(layer)
@@ -122,6 +122,14 @@ class FeatureSums(LayerSums):
             for axes, num_rows, rows, columns in parts
         ]
         self._tables = self.by_layer(self.layer_features)._tables
+
+    @staticmethod
+    def _key(layer: Layer) -> tuple[object, ...]:
+        return (*layer_shape(layer), layer.in_size)
+
+    def rows(self, layers: Sequence[Layer]) -> list[int]:
+        """Where a network's layers stand in `layers`."""
+        return [self._index[self._key(layer)] for layer in layers]
 
     def by_layer(self, values: NDArray[np.float64]) -> LayerSums:
         """Sums of other quantities of the layers, (num_layers, num_outputs) -> (num_archs, num_outputs)."""
