@@ -18,7 +18,6 @@ from hwnas.config import check
 from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.layers import Layer, lower
-from hwnas.predictors.features import feature_sums
 from hwnas.space import Architecture, Genes, SearchSpace
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -214,6 +213,8 @@ class LatencyPredictor(ABC):
             NotFittedError: before `fit`.
             InputError: the architecture is not of the predictor's space, or the kind does not know single layers.
         """
+        from hwnas.predictors.features import feature_sums  # imports scipy
+
         if self._learned is None:
             raise self._not_fitted()
         (mean_ms,), _ = self.predict([arch])
