@@ -331,12 +331,13 @@ def write(results: Results, arguments: argparse.Namespace, seconds: float) -> st
     lines += speed()
     lines += [
         "## Ceilings", "",
-        "Ridge regression on the choice of every block at every place (for OFA also times the resolution squared), robust to",
-        "outliers, fitted to the 4,500 networks that are not held out (3 seeds): what one additive model reaches, not a bound.",
-        "On OFA's columns at batch 1 `gp` passes it a little. Residuals there are one-sided (to 30%) and nearly unrelated to",
-        "the row; those of `2080ti_32` are related to the row, so its clock or load changed during the measurements.",
-        "The anchors' analytic prior is said to reach .92/92 on OFA, above this ceiling's mean over all six columns: over which",
-        "columns and networks that mean goes is not known here, so that OFA's goal is out of reach is likely, not shown.",
+        "Ridge regression on the choice of every block at every place (for OFA also times the resolution squared),",
+        "robust to outliers, fitted to the 4,500 networks that are not held out (3 seeds): what one additive model",
+        "reaches, not a bound. On OFA's columns at batch 1 `gp` passes it a little. Residuals there are one-sided",
+        "(to 30%) and nearly unrelated to the row; those of `2080ti_32` are related to the row, so its clock or",
+        "load changed during the measurements. The anchors' analytic prior is said to reach .92/92 on OFA, above",
+        "this ceiling's mean over all six columns: over which columns and networks that mean goes is not known",
+        "here, so that OFA's goal is out of reach is likely, not shown.",
         "",
     ]  # fmt: skip
     return "\n".join(lines)
