@@ -27,7 +27,7 @@ from hwnas.progress import reporting
 from hwnas.space import SearchSpace
 from hwnas.store import Store
 
-KINDS = ("macs", "prior", "gp", "xgboost", "auto")
+KINDS = ("macs", "lookup", "prior", "gp", "xgboost", "auto")
 DEMO = Path(__file__).parent.parent / "examples" / "fashion-mnist.yaml"
 
 
