@@ -32,6 +32,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document o
 DEVICE = click.option("--device", metavar="NAME", required=True, help="A device's name or file: see `hwnas devices`.")
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of all chance.")
 
+DISTURBED = 0.5  # share of children from which the reference may never have been seen at its usual speed
 BUSY = 0.3  # processors kept busy by others, from which latencies are off by more than repeating them shows
 
 
@@ -283,6 +284,11 @@ def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, 
             notice(
                 f"{made.device}: other programs kept {made.others_busy:.1f} processors busy meanwhile, which can shift "
                 "latencies by some percent: end them and profile again where that matters"
+            )
+        elif made.num_unstable > DISTURBED * made.num_children:
+            notice(
+                f"{made.device}: was disturbed while most children were measured: they agree with each other, but all "
+                "may be off by the same few percent: profile again at a quieter time where that matters"
             )
     document = profiles[0].to_dict() if len(profiles) == 1 else {"profiles": [made.to_dict() for made in profiles]}
     finish(

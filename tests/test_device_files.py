@@ -261,8 +261,12 @@ def test_profile_tells_of_other_programs(capsys, tmp_path, monkeypatch):
     _, _, err = run_cli(capsys, *words)
     assert "one: other programs kept 1.3 processors busy meanwhile" in err
     monkeypatch.setattr(Measurement, "others_busy", 0.1)
+    monkeypatch.setattr(Measurement, "unstable", True)
+    assert "one: was disturbed while most children were measured" in run_cli(capsys, *words)[2]
+    monkeypatch.setattr(Measurement, "unstable", False)
     _, out, err = run_cli(capsys, *words, "--json")
     assert "other programs" not in err
+    assert "was disturbed while" not in err
     assert json.loads(out)["others_busy"] == 0.1
 
 
