@@ -644,7 +644,7 @@ def test_transfer_needs_sources(other_devices):
         make_predictor("transfer", SearchSpace.load("bignas"), other_devices)
     with pytest.raises(NotFittedError):
         make_predictor("transfer", TINY, [make_predictor("gp", TINY)])
-    with pytest.raises(InputError, match="kind .per-resolution. does not know what single layers cost: fit"):
+    with pytest.raises(InputError, match="kind 'per-resolution' does not know what single layers cost: fit"):
         PerResolution(TINY)._costs_ms({})
 
 
