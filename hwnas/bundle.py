@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hwnas import __version__
 from hwnas.errors import ExportError, InputError
-from hwnas.exporters.base import Artifact, Exporter
+from hwnas.exporters.base import LOGITS, Artifact, Exporter
 from hwnas.files import parts, write_text
-from hwnas.layers import total_macs, total_params
+from hwnas.layers import IMAGE, total_macs, total_params
 from hwnas.network import Network
 
 SCHEMA = 1
@@ -130,12 +130,12 @@ def _manifest(
             "parts": [part.name for part in parts(artifact.path)],
         },
         "input": {
-            "name": "image",
+            "name": IMAGE,
             "shape": [shape[axis] for axis in exporter.layout],
             "layout": exporter.layout,
             "dtype": "float32",
         },
-        "output": {"name": "logits", "shape": [1, child.layers[-1].out_channels], "dtype": "float32"},
+        "output": {"name": LOGITS, "shape": [1, child.layers[-1].out_channels], "dtype": "float32"},
         "macs": total_macs(child.layers),
         "params": total_params(child.layers),
         "parity": {**asdict(parity), "passed": parity.passed},

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from hwnas.devices.base import Device, RunTimes, Timing
 from hwnas.errors import DeviceError, ExportError
-from hwnas.exporters.base import Exporter, exporter, random_tensors
+from hwnas.exporters.base import Exporter, exporter, random_tensors, write_random
 from hwnas.files import parts
 from hwnas.layers import IMAGE, Kind, Layer, lower, total_macs
 from hwnas.space import Activation, SearchSpace
@@ -284,10 +284,9 @@ class DeviceContract:
     def write(device: Device, folder: Path, *, largest: bool = False) -> Path:
         """The file of tiny's smallest or largest child."""
         space = tiny_space()
-        layers = lower(space, space.largest() if largest else space.smallest())
+        name, arch = ("largest", space.largest()) if largest else ("smallest", space.smallest())
         writer = exporter(device.accepts, device.file_precision)
-        path = folder / f"{'largest' if largest else 'smallest'}{writer.suffix}"
-        return writer.write(layers, random_tensors(layers, np.random.default_rng(0)), path).path
+        return write_random(writer, space, arch, folder / name, np.random.default_rng(0))
 
     def test_describes_itself(self, device: Device) -> None:
         """Name, runtime, precision, and versions that stay the same."""

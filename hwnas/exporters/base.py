@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError, InputError
-from hwnas.layers import BN_EPS, IMAGE, Layer
+from hwnas.files import replacing
+from hwnas.layers import BN_EPS, IMAGE, Layer, lower
+from hwnas.space import Architecture, SearchSpace
 
 # The class of each format, imported when asked for: some need a package of their own.
 _EXPORTERS = {
@@ -23,6 +26,7 @@ _EXPORTERS = {
     "onnx": "hwnas.exporters.onnx:OnnxExporter",
     "tflite": "hwnas.exporters.tflite:TfliteExporter",
 }
+LOGITS = "logits"  # the output's name in formats that have names; the input's is `IMAGE`
 _POOL_SIZE = 65_537
 _RANGES = {  # of values within four standard deviations of 1, after an activation
     None: (-4.0, 4.0),
@@ -133,6 +137,33 @@ def exporter(format: str, precision: str = "fp32") -> Exporter:
     module, _, name = _EXPORTERS[format].partition(":")
     made: Exporter = getattr(import_module(module), name)(precision)
     return made
+
+
+def write_random(
+    writer: Exporter, space: SearchSpace, arch: Architecture, stem: Path, rng: np.random.Generator
+) -> Path:
+    """Write a child's file with random weights, for timing; its path, which is `stem` with the format's suffix.
+
+    Raises:
+        ExportError: the format cannot express the network.
+        OSError: the file cannot be written.
+    """
+    layers = lower(space, arch)
+    return writer.write(layers, random_tensors(layers, rng), stem.with_name(stem.name + writer.suffix)).path
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a file piece by piece, whole or not at all; the SHA-256 of its bytes, hexadecimal.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    digest = hashlib.sha256()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for piece in pieces:
+            digest.update(piece)
+            file.write(piece)
+    return digest.hexdigest()
 
 
 def tensor(tensors: Mapping[str, NDArray[Any]], name: str, shape: tuple[int, ...]) -> NDArray[Any]:

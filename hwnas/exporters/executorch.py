@@ -7,7 +7,6 @@ which cuts the graph in pieces. Otherwise the graphs are the same.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import warnings
@@ -20,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, folded, tensor
-from hwnas.files import replacing
+from hwnas.exporters.base import Artifact, Exporter, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _BACKEND = "XnnpackBackend"
@@ -235,9 +233,7 @@ class ExecutorchExporter(Exporter):
 
             program = _program(_Graph(tensors).write(layers), layers[0], layers[-1])
             data = bytes(serialize_pte_binary(PTEFile(program), extract_delegate_segments=True))
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
-        return Artifact(path, self.format, self.precision, hashlib.sha256(data).hexdigest())
+        return Artifact(path, self.format, self.precision, write_pieces(path, [data]))
 
     def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `Exporter`."""

@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, folded, tensor
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, folded, tensor
 from hwnas.files import replacing
 from hwnas.layers import IMAGE, Layer
 
-LOGITS = "logits"
 _MAGIC = 7767517
 _FP32, _INT8 = b"\0\0\0\0", (0x000D4B38).to_bytes(4, "little")  # ahead of a layer's weights
 _MUL, _ADD = 2, 0  # BinaryOp's op_type

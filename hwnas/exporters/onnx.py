@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, folded, tensor
-from hwnas.files import replacing
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _Weights: TypeAlias = dict[str, NDArray[Any]]
 
-LOGITS = "logits"
 _OPSET, _IR_VERSION = 17, 8  # the oldest pair with all we need: every runtime's converter reads it
 
 # What onnxruntime 1.31's optimiser makes of them on a CPU, and why they are written so (x86-64, AVX-512, 1 thread):
@@ -258,13 +255,8 @@ class OnnxExporter(Exporter):
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        digest = hashlib.sha256()
         graph = _graph(layers, tensors, _QUANTISATIONS.get(self.precision))
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            for part in _encode(*graph):
-                digest.update(part)
-                file.write(part)
-        return Artifact(path, self.format, self.precision, digest.hexdigest())
+        return Artifact(path, self.format, self.precision, write_pieces(path, _encode(*graph)))
 
     def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `Exporter`."""

@@ -5,7 +5,6 @@ Only running a file needs a package, ai-edge-litert; writing one needs none.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, folded, tensor
-from hwnas.files import replacing
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
-
-LOGITS = "logits"
 
 # Numbers of the schema, https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs:
 # an operator's code, its oldest versions with float32 and with int8, the type of its table of options (0: it has none)
@@ -375,13 +371,8 @@ class TfliteExporter(Exporter):
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        digest = hashlib.sha256()
         pieces = _Writer(tensors, int8=self.precision == "int8").model(layers)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            for piece in pieces:
-                digest.update(piece)
-                file.write(piece)
-        return Artifact(path, self.format, self.precision, digest.hexdigest())
+        return Artifact(path, self.format, self.precision, write_pieces(path, pieces))
 
     def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `Exporter`."""

@@ -12,8 +12,7 @@ import numpy as np
 from hwnas.devices.base import Check, Device, RunTimes
 from hwnas.devices.lock import exclusive
 from hwnas.errors import DeviceError, ExportError
-from hwnas.exporters.base import exporter, random_tensors
-from hwnas.layers import lower
+from hwnas.exporters.base import exporter, write_random
 from hwnas.measuring.children import reference_child
 from hwnas.space import SearchSpace
 
@@ -36,13 +35,11 @@ def diagnose(device: Device, space: SearchSpace, duration_s: float = 5.0) -> Ite
     if any(not check.passed and check.step in ("reached", device.runtime) for check in checks):
         return
     with tempfile.TemporaryDirectory(prefix="hwnas-") as folder:
-        arch = reference_child(space)
-        layers = lower(space, arch)
         started = time.perf_counter()
         try:
             writer = exporter(device.accepts, device.file_precision)
-            tensors = random_tensors(layers, np.random.default_rng(0))
-            path = writer.write(layers, tensors, Path(folder) / f"{arch.id}{writer.suffix}").path
+            arch = reference_child(space)
+            path = write_random(writer, space, arch, Path(folder) / arch.id, np.random.default_rng(0))
         except ExportError as error:
             yield Check("file", str(error), "see the message")
             return

@@ -12,9 +12,8 @@ import numpy as np
 from hwnas.devices.base import Device, DeviceGoneError, RunTimes, Timing
 from hwnas.devices.lock import HOST, exclusive
 from hwnas.errors import DeviceError, ExportError
-from hwnas.exporters.base import exporter, random_tensors
+from hwnas.exporters.base import exporter, write_random
 from hwnas.files import parts
-from hwnas.layers import lower
 from hwnas.measurement import Measurement, Role, protocol_key, steady_rounds, throttled, usual_ms
 from hwnas.measuring.children import reference_child
 from hwnas.progress import Report, silent
@@ -172,9 +171,7 @@ class _Bench:
         """A child's file with random weights, and the seconds that took; not while this host measures."""
         with exclusive(HOST):
             started = time.perf_counter()
-            layers = lower(self._space, arch)
-            path = self._folder / f"{arch.id}{self._exporter.suffix}"
-            self._exporter.write(layers, random_tensors(layers, self._rng), path)
+            path = write_random(self._exporter, self._space, arch, self._folder / arch.id, self._rng)
             return path, time.perf_counter() - started
 
     def _rounds(self, path: Path) -> tuple[list[RunTimes], list[float]]:
@@ -185,6 +182,8 @@ class _Bench:
         while len(rounds) < timing.max_rounds:
             rounds.append(self._device.run(path, timing))
             reference_ms.append(self._device.run(self._reference_path, timing).latency_ms)
+            if len(rounds) < timing.rounds and not timing.pause_s:
+                continue
             usual = self._usual(reference_ms)
             if steady_rounds(rounds, reference_ms, usual, timing).sum() >= timing.rounds:
                 break
