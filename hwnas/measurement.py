@@ -99,9 +99,8 @@ class Measurement:
         Raises:
             ValueError: the measurement failed.
         """
-        estimates = [times.latency_ms * factor for times, factor in self._counted]
-        low, middle, high = np.quantile(estimates, (0.25, 0.5, 0.75))
-        return float(math.sqrt(math.pi / 2 / len(estimates)) * (high - low) / 1.349 / middle)
+        low, middle, high = np.quantile(self._estimates_ms, (0.25, 0.5, 0.75))
+        return float(math.sqrt(math.pi / 2 / len(self._estimates_ms)) * (high - low) / 1.349 / middle)
 
     @property
     def others_busy(self) -> float | None:
@@ -158,6 +157,11 @@ class Measurement:
             (times, float(factor)) for times, factor, count in zip(self.rounds, scale, counts, strict=True) if count
         ]
 
+    @cached_property
+    def _estimates_ms(self) -> list[float]:
+        """The latency on the undisturbed device, as each round that counts has it."""
+        return [times.latency_ms * factor for times, factor in self._counted]
+
     @property
     def times_ms(self) -> NDArray[np.float64]:
         """Raw times, uncorrected, of the rounds that count: the steady ones, or all if too few are."""
@@ -175,7 +179,7 @@ class Measurement:
         Raises:
             ValueError: the measurement failed.
         """
-        return float(np.median([times.latency_ms * factor for times, factor in self._counted]))
+        return float(np.median(self._estimates_ms))
 
     @property
     def relative_iqr(self) -> float:
