@@ -62,6 +62,20 @@ def check(kind: type[T], value: object, *, source: str, lines: dict[str, int] | 
         raise InputError(f"{where}: {key}{': ' if key else ''}{rule}") from None
 
 
+def put(record: dict[str, Any], key: str, value: object) -> None:
+    """Set a value by its dotted key: `put(record, "biggest.dropout", 0.3)`.
+
+    Raises:
+        InputError: what stands before a dot is a single value.
+    """
+    *path, leaf = key.split(".")
+    for step in path:
+        record = record.setdefault(step, {})
+        if not isinstance(record, dict):
+            raise InputError(f"{key}: {step} is a single value, it has no {leaf!r}")
+    record[leaf] = value
+
+
 def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
     """The content of a YAML file, and the line of each of its keys (`stages[2].kernel` -> 14).
 

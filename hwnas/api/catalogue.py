@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from hwnas.config import put
 from hwnas.devices import Device, device_files, load_device, load_spec, user_folder
 from hwnas.devices.base import Check
 from hwnas.errors import InputError
@@ -79,11 +80,7 @@ def add_device(name: str, base: str, changes: dict[str, Any] | None = None, *, o
         )
     content: dict[str, Any] = {"base": base}
     for key, value in (changes or {}).items():
-        part, _, leaf = key.partition(".")
-        if leaf:
-            content.setdefault(part, {})[leaf] = value
-        else:
-            content[key] = value
+        put(content, key, value)
     with TemporaryDirectory() as folder:  # a mistake is found before anything is replaced
         trial = Path(folder) / path.name
         write_text(trial, text := yaml.safe_dump(content, sort_keys=False))

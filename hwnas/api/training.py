@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hwnas import __version__
 from hwnas.api.costs import read_architecture
 from hwnas.api.data import PYTORCH, load_data
-from hwnas.config import check
+from hwnas.config import check, put
 from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.progress import Notice, Report, silent, unheard
@@ -169,13 +169,7 @@ def _configure(space: str | Path, data: str | Path | TorchDatasets, recipe: str,
         part, _, name = key.partition(".")
         if part not in parts or not name:
             raise InputError(f"{key}: options are named train.<key>, data.<key> or space.<key>")
-        *path, leaf = name.split(".")
-        record = parts[part]
-        for step in path:
-            record = record.setdefault(step, {})
-            if not isinstance(record, dict):
-                raise InputError(f"{key}: {step} is a single value, it has no {leaf!r}")
-        record[leaf] = value
+        put(parts, key, value)
     return RunConfig(
         hwnas=__version__,
         space=SearchSpace.load(space, **parts["space"]),
