@@ -6,16 +6,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
+from hwnas.predictors.base import FloatArray
 from hwnas.predictors.features import by_name, feature_sums, from_names
-from hwnas.predictors.prior import fit_prior, relative_std
+from hwnas.predictors.prior import PriorPredictor, fit_prior, relative_std
 from hwnas.space import Genes
 
 # How firmly a layer's cost is held to the prior's; leave-one-out errors pick.
 _RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 
 
-class LookupPredictor(LatencyPredictor):
+class LookupPredictor(PriorPredictor):
     """A sum of costs over the layers, one for each different layer and at least 0.
 
     A layer's cost is the analytic prior's times a correction, found by ridge regression on the relative errors: what
@@ -45,15 +45,8 @@ class LookupPredictor(LatencyPredictor):
             "left_out": errors,
         }
 
-    def _model(self, learned: dict[str, Any]) -> Model:
-        table = feature_sums(self.space).by_layer(self._costs_ms(learned).sum(axis=1, keepdims=True))
-        std = float(learned["relative_std"])
-
-        def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
-            mean_ms = table(genes)[:, 0]
-            return mean_ms, std * mean_ms
-
-        return predict
+    def _layers_ms(self, learned: dict[str, Any]) -> FloatArray:
+        return np.asarray(self._costs_ms(learned).sum(axis=1, keepdims=True))
 
     def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
         coefficients = from_names(learned["coefficients_ms"])

@@ -148,7 +148,7 @@ class PriorPredictor(LatencyPredictor):
         }
 
     def _model(self, learned: dict[str, Any]) -> Model:
-        sums = feature_sums(self.space).weighted(from_names(learned["coefficients_ms"]))
+        sums = feature_sums(self.space).by_layer(self._layers_ms(learned))
         std = float(learned["relative_std"])
 
         def predict(genes: Genes) -> tuple[FloatArray, FloatArray]:
@@ -156,6 +156,10 @@ class PriorPredictor(LatencyPredictor):
             return mean_ms, std * mean_ms
 
         return predict
+
+    def _layers_ms(self, learned: dict[str, Any]) -> FloatArray:
+        """What each layer of the space costs, (num_layers, 1)."""
+        return np.asarray(feature_sums(self.space).layer_features @ from_names(learned["coefficients_ms"])[:, None])
 
     def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
         return feature_sums(self.space).layer_features * from_names(learned["coefficients_ms"])

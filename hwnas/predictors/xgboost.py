@@ -8,10 +8,10 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
+from hwnas.predictors.base import FloatArray, Model
 from hwnas.predictors.features import FEATURE_NAMES, by_name, feature_sums, from_names
 from hwnas.predictors.metrics import fold_masks
-from hwnas.predictors.prior import fit_prior, relative_std
+from hwnas.predictors.prior import PriorPredictor, fit_prior, relative_std
 from hwnas.space import Genes
 
 _PARAMETERS = {
@@ -27,11 +27,11 @@ _CHUNK = 8192  # architectures evaluated at a time: they stay in the processor's
 Tree: TypeAlias = float | list[Any]
 
 
-class XgboostPredictor(LatencyPredictor):
+class XgboostPredictor(PriorPredictor):
     """The analytic prior times the exponential of boosted trees over features and genes.
 
-    The trees learn the prior's cross-validated errors, as the process of `GpPredictor` does. How many there are, and
-    the standard deviation, come from cross-validation.
+    The trees learn the prior's cross-validated errors. How many there are, and the standard deviation, come from
+    cross-validation. Single layers cost what the prior says: the trees know whole networks only.
 
     What is saved are the trees as plain lists, which numpy evaluates. xgboost's own JSON would tie the file to its
     version, and a damaged one crashes the whole process (xgboost 3.2).
@@ -83,9 +83,6 @@ class XgboostPredictor(LatencyPredictor):
             return mean_ms, std * mean_ms
 
         return predict
-
-    def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:  # without the trees, which know networks only
-        return feature_sums(self.space).layer_features * from_names(learned["coefficients_ms"])
 
     def _inputs(self, genes: Genes) -> NDArray[np.float32]:
         return np.hstack([feature_sums(self.space)(genes), genes]).astype(np.float32)
