@@ -31,7 +31,6 @@ _MODULES = {
     "Timing": "hwnas.devices.base",
     "TrainConfig": "hwnas.training.recipes",
     "add_device": "hwnas.api",
-    "breakdown": "hwnas.api",
     "check_device": "hwnas.api",
     "cost": "hwnas.api",
     "export": "hwnas.api",
@@ -52,7 +51,6 @@ __all__ = ["__version__", *_MODULES]
 if TYPE_CHECKING:
     from hwnas.api import Profile as Profile
     from hwnas.api import add_device as add_device
-    from hwnas.api import breakdown as breakdown
     from hwnas.api import check_device as check_device
     from hwnas.api import cost as cost
     from hwnas.api import export as export

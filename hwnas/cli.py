@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hwnas.api import Profile
-    from hwnas.layers import Layer
     from hwnas.run import RunConfig
     from hwnas.training.plan import Plan
 
@@ -401,27 +400,27 @@ def predict(run: str | None, device: str, archs: tuple[str, ...], layers: bool, 
     """Predict the latency of children on a device; perhaps where the milliseconds go."""
     from hwnas import api
 
-    found = api.predict(device, archs, run)
+    found = api.predict(device, archs, run, layers=layers)
     rows = [[name, f"{p['predicted_ms']:.4f}", f"{p['std_ms']:.4f}"] for name, p in zip(archs, found, strict=True)]
     columns = ["child", "predicted ms", "standard deviation"]
     shown = [table(f"on {device}", columns, rows)]
     if layers:
-        for name, prediction in zip(archs, found, strict=True):
-            child, costs = api.breakdown(device, name, run)
-            prediction["layers"] = [{"name": layer.name, "kind": layer.kind, "ms": ms} for layer, ms in costs]
-            shown.append(_show_breakdown(f"{name}: {child.describe()}", costs))
+        titles = (f"{name}: {p['architecture_text']}" for name, p in zip(archs, found, strict=True))
+        shown += [_show_layers(title, p["layers"]) for title, p in zip(titles, found, strict=True)]
     finish(as_json, {"device": device, "predictions": found}, *shown)
 
 
-def _show_breakdown(title: str, costs: Sequence[tuple[Layer, float]]) -> Table:
+def _show_layers(title: str, layers: Sequence[dict[str, Any]]) -> Table:
     """Each layer with its milliseconds, its share, and a bar as long as that."""
-    total, most = sum(ms for _, ms in costs), max(ms for _, ms in costs)
+    total, most = sum(layer["ms"] for layer in layers), max(layer["ms"] for layer in layers)
     rows = []
-    for layer, ms in costs:
-        what = f"{layer.kernel}x{layer.kernel}" if layer.kind == "conv" else layer.kind.replace("_", " ")
-        what += " depthwise" if layer.kind == "conv" and layer.depthwise else ""
-        size = f"{layer.in_channels} > {layer.out_channels}, {layer.out_size} px"
-        rows.append([layer.name, what, size, f"{ms:.4f}", f"{ms / total:.1%}", "█" * round(40 * ms / most)])
+    for layer in layers:
+        what = layer["kind"].replace("_", " ")
+        if layer["kind"] == "conv":
+            what = f"{layer['kernel']}x{layer['kernel']}{' depthwise' if layer['groups'] > 1 else ''}"
+        size = f"{layer['in_channels']} > {layer['out_channels']}, {layer['out_size']} px"
+        bar = "█" * round(40 * layer["ms"] / most)
+        rows.append([layer["name"], what, size, f"{layer['ms']:.4f}", f"{layer['ms'] / total:.1%}", bar])
     return table(title, ["layer", "", "channels", "ms", "share", ""], rows)
 
 

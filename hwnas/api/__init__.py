@@ -15,7 +15,6 @@ from hwnas.api.data import load_data as load_data
 from hwnas.api.evaluating import accuracy as accuracy
 from hwnas.api.exporting import export as export
 from hwnas.api.profiling import Profile as Profile
-from hwnas.api.profiling import breakdown as breakdown
 from hwnas.api.profiling import fit as fit
 from hwnas.api.profiling import predict as predict
 from hwnas.api.profiling import profile as profile

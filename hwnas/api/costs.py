@@ -46,11 +46,12 @@ def cost(
         "architecture_text": child.describe(),
         "macs": total_macs(layers),
         "params": total_params(layers),
-        "layers": [_layer(layer) for layer in layers],
+        "layers": [layer_values(layer) for layer in layers],
     }
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+def layer_values(layer: Layer) -> dict[str, Any]:
+    """A layer as plain values, with the size of its output, pixels, its multiply-adds and its parameters."""
     return {**asdict(layer), "out_size": layer.out_size, "macs": layer.macs, "params": layer.params}
 
 

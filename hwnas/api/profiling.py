@@ -13,11 +13,10 @@ import numpy as np
 
 from hwnas import __version__
 from hwnas.api.catalogue import open_device
-from hwnas.api.costs import read_architecture
+from hwnas.api.costs import layer_values, read_architecture
 from hwnas.devices import Device, device_name
 from hwnas.devices.base import Timing
 from hwnas.errors import DeviceError, InputError
-from hwnas.layers import Layer
 from hwnas.measurement import Measurement, Role
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
@@ -270,7 +269,7 @@ def last_measurements(device: str, timing: Timing, store: Store, role: Role | No
 
 
 def predict(
-    device: str, archs: Sequence[str | Path | Architecture], run: str | Path | None = None
+    device: str, archs: Sequence[str | Path | Architecture], run: str | Path | None = None, *, layers: bool = False
 ) -> list[dict[str, Any]]:
     """Predicted latencies of children on a device.
 
@@ -278,40 +277,30 @@ def predict(
         device: a device with a predictor in the run.
         archs: architectures, `smallest`, `biggest`, or files (see `read_architecture`).
         run: the run folder.
+        layers: also where the milliseconds go.
 
     Returns:
-        For each child `architecture`, `predicted_ms` and `std_ms`.
-
-    Raises:
-        InputError: no predictor for the device yet, or an architecture outside the space.
-    """
-    opened = Run(run)
-    predictor = opened.predictor(device_name(device))
-    children = [opened.space.check(read_architecture(arch, opened.space)) for arch in archs]
-    mean, std = predictor.predict(children)
-    return [
-        {"architecture": arch.to_dict(), "predicted_ms": float(m), "std_ms": float(s)}
-        for arch, m, s in zip(children, mean, std, strict=True)
-    ]
-
-
-def breakdown(
-    device: str, arch: str | Path | Architecture, run: str | Path | None = None
-) -> tuple[Architecture, list[tuple[Layer, float]]]:
-    """Where the milliseconds of a child go on a device.
-
-    Args:
-        device: a device with a predictor in the run.
-        arch: an architecture, `smallest`, `biggest`, or a file (see `read_architecture`).
-        run: the run folder.
-
-    Returns:
-        The child, and its layers in order of execution with the milliseconds of each; they add up to the prediction.
+        For each child `architecture`, `architecture_text`, `predicted_ms` and `std_ms`, and perhaps `layers`: what
+        `cost` tells of each, in order of execution, with its `ms`; they add up to `predicted_ms`.
 
     Raises:
         InputError: no predictor for the device yet, one that does not know single layers, or an architecture outside
             the space.
     """
     opened = Run(run)
-    child = opened.space.check(read_architecture(arch, opened.space))
-    return child, opened.predictor(device_name(device)).breakdown_ms(child)
+    predictor = opened.predictor(device_name(device))
+    children = [opened.space.check(read_architecture(arch, opened.space)) for arch in archs]
+    mean, std = predictor.predict(children)
+    found: list[dict[str, Any]] = [
+        {
+            "architecture": arch.to_dict(),
+            "architecture_text": arch.describe(),
+            "predicted_ms": float(m),
+            "std_ms": float(s),
+        }
+        for arch, m, s in zip(children, mean, std, strict=True)
+    ]
+    if layers:
+        for arch, prediction in zip(children, found, strict=True):
+            prediction["layers"] = [{**layer_values(layer), "ms": ms} for layer, ms in predictor.breakdown_ms(arch)]
+    return found
