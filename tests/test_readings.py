@@ -2,13 +2,11 @@
 
 import random
 import re
-from pathlib import Path
 
 import pytest
 
 from hwnas.devices.readings import Phone, adb_devices, battery, getprop, tegrastats, thermal
-
-SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
+from tests.samples import sample
 
 THERMAL = """IsStatusOverride: false
 Thermal Status: 2
@@ -41,12 +39,6 @@ BATTERY = """Current Battery Service state:
 SEC section
   level: 7
 """
-
-
-def sample(name):
-    if not (SAMPLES / name).exists():
-        pytest.skip(f"no {name} in {SAMPLES}")
-    return (SAMPLES / name).read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------- tegrastats

@@ -2,7 +2,6 @@
 
 import math
 import stat
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,7 @@ from hwnas.errors import DeviceError
 from hwnas.exporters.base import exporter, random_tensors
 from hwnas.layers import lower
 from hwnas.testing import QUICK, tiny_space
-
-SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
+from tests.samples import sample
 
 PLAIN = """\
 INFO: STARTING!
@@ -57,10 +55,7 @@ def parse(text, precision="fp32", **options):
     ],
 )
 def test_recorded_output(name, latency_ms, runs, deviation):
-    path = SAMPLES / f"{name}.txt"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    times = parse(path.read_text())
+    times = parse(sample(f"{name}.txt"))
     assert times.times_ms == (latency_ms,)
     assert times.latency_ms == latency_ms
     assert times.facts == {"runs": runs}
@@ -68,11 +63,9 @@ def test_recorded_output(name, latency_ms, runs, deviation):
 
 
 def test_recorded_failure():
-    path = SAMPLES / "litert_benchmark_model_failure_nnapi.txt"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
+    recorded = sample("litert_benchmark_model_failure_nnapi.txt")
     with pytest.raises(DeviceError, match="ANEURALNETWORKS_OP_FAILED at line 3779"):
-        parse(path.read_text())
+        parse(recorded)
 
 
 # -------------------------------------------------------------------- numbers

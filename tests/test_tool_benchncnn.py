@@ -3,7 +3,6 @@
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,20 +13,13 @@ from hwnas.devices.tools.benchncnn import Program, Row, rows
 from hwnas.devices.transports.host import Host
 from hwnas.errors import DeviceError, InputError
 from hwnas.testing import QUICK, DeviceContract
-
-SAMPLES = Path(__file__).parents[2] / "shared" / "samples"
+from tests.samples import sample
 
 HEAD = "loop_count = 10\nnum_threads = 1\npowersave = 0\ngpu_device = -1\ncooling_down = 0\n"
 ROW = "        /tmp/x/3.param  min =    4.90  max =    5.31  avg =    5.00\n"
 GPU = (
     "[0 Adreno (TM) 740]  queueC=0[3]  queueT=0[3]\n[0 Adreno (TM) 740]  fp16-p/s/u/a=1/1/1/{}  int8-p/s/u/a=1/1/1/1\n"
 )
-
-
-def sample(name):
-    if not (SAMPLES / name).exists():
-        pytest.skip(f"no {name} in {SAMPLES}")
-    return (SAMPLES / name).read_text(encoding="utf-8")
 
 
 # -------------------------------------------------------------------- what it prints

@@ -2,7 +2,6 @@
 
 import stat
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,6 +11,7 @@ from hwnas.devices.tools.onnxruntime_perf_test import Program
 from hwnas.devices.transports.host import Host
 from hwnas.errors import DeviceError
 from hwnas.testing import QUICK, DeviceContract
+from tests.samples import sample
 
 OUTPUT = """\
 Session creation time cost: 0.01 s
@@ -25,13 +25,6 @@ P90 Latency: 0.0022 s
 P95 Latency: 0.0025 s
 P999 Latency: 0.009 s
 """
-
-
-def sample(name):
-    path = Path(__file__).parents[2] / "shared" / "samples" / name
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    return path.read_text()
 
 
 def test_median_in_milliseconds():

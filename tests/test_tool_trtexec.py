@@ -21,6 +21,7 @@ from hwnas.exporters.base import exporter, random_tensors
 from hwnas.layers import lower
 from hwnas.space import SearchSpace
 from hwnas.testing import QUICK, DeviceContract, tiny_space
+from tests.samples import sample
 
 SUMMARY = """\
 &&&& RUNNING TensorRT.trtexec [TensorRT v101302] [b5] # trtexec --loadEngine=/tmp/built0
@@ -29,13 +30,6 @@ SUMMARY = """\
 [01/02/2026-10:00:40] [I] Total GPU Compute Time: 3.00524 s
 &&&& PASSED TensorRT.trtexec [TensorRT v101302] [b5] # trtexec --loadEngine=/tmp/built0
 """
-
-
-def sample(name):
-    path = Path(__file__).parents[2] / "shared" / "samples" / name
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    return path.read_text()
 
 
 # -------------------------------------------------------------------- what it prints
