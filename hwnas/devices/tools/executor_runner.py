@@ -26,7 +26,7 @@ class Program(Tool):
     It times every run by itself, but has no option for how long to go on, nor for warming up: it is asked for
     `min_duration_s` of runs as if each took 1 ms, at least for `repeats`, and for as many before them, which do not
     count. Versions before 1.3 tell only the sum: then the latency is the mean of all runs, the first and slowest
-    included, how they spread is unknown (0 in `RunTimes`), and the facts hold `statistic`: `mean of 20 runs`.
+    included, how they spread is unknown (0 in `RunTimes`), and the facts hold how many `runs` that were.
 
     It logs nothing in a release build unless told so, and to logcat with Android's preset; see `install`. It does not
     tell whether a file runs in XNNPACK: those that `ExecutorchExporter` writes do, or fail where it is not built in.
