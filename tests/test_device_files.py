@@ -195,6 +195,10 @@ def test_add_leaves_nothing_after_a_mistake(capsys):
     code, _, err = run_cli(capsys, "devices", "add", "mine", "--base", "cpu", "--host", "board")
     assert code == 2
     assert err.strip() == "hwnas: mine:1: host: transport host has no such key"
+    words = ["devices", "add", "mine", "--base", "cpu", "-o", "timing=3", "-o", "timing.repeats=4"]
+    code, _, err = run_cli(capsys, *words)
+    assert code == 2
+    assert err.strip() == "hwnas: timing.repeats: timing is a single value, it has no 'repeats'"
     assert not list(user_folder().glob("*"))
 
 
