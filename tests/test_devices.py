@@ -148,6 +148,11 @@ def test_without_the_runtime():
         def python(self):
             return (sys.executable, "-P", "-S", "-E")
 
+    with (
+        WorkerDevice("bare", WithoutPackages(), "openvino") as device,
+        pytest.raises(DeviceGoneError, match=r"is openvino installed there\? It needs hwnas\[openvino\] or openvino"),
+    ):
+        device.versions()
     with WorkerDevice("bare", WithoutPackages(), "onnxruntime") as device:
         for _ in range(2):
             with pytest.raises(DeviceGoneError, match=r"No module named 'numpy'.*is onnxruntime installed there\?"):

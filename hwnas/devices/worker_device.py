@@ -128,7 +128,8 @@ class WorkerDevice(Device):
                 raise
             except DeviceError as error:
                 self._kill()
-                raise DeviceGoneError(f"{error}; is {self.runtime} installed there?") from None
+                needs = f"is {self.runtime} installed there? It needs {self._kind.install}"
+                raise DeviceGoneError(f"{error}; {needs}") from None
         return self._process
 
     def _ask(self, process: _Process, request: dict[str, Any], timeout_s: float) -> Any:
