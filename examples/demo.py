@@ -108,13 +108,9 @@ def ends(folder: str, limits: tuple[str, str], size: Size) -> None:
         accuracy = add(f"{limit} ms", "winner", best, latency["predicted_ms"], latency["measured_ms"])
         winners.append((float(limit), accuracy, latency["measured_ms"]))
         random = result["random"]
-        add(
-            f"{limit} ms",
-            "random search",
-            Architecture.from_dict(random["architecture"]),
-            random["predicted_ms"],
-            random["measured_ms"],
-        )
+        ms = random["latency"]["cpu"]
+        drawn = Architecture.from_dict(random["architecture"])
+        add(f"{limit} ms", "random search", drawn, ms["predicted"], ms["measured"])
     space = Run(folder).space
     smallest = add("-", "smallest child", space.smallest(), None, measured_ms(folder, "smallest"))
     add("-", "biggest child", space.largest(), None, measured_ms(folder, "biggest"))

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Architecture": "hwnas.space",
     "Block": "hwnas.space",
-    "Candidate": "hwnas.searching.searcher",
+    "Candidate": "hwnas.searching.result",
     "DeviceError": "hwnas.errors",
     "ExportError": "hwnas.errors",
     "InputError": "hwnas.errors",
@@ -23,7 +23,7 @@ _MODULES = {
     "Network": "hwnas.network",
     "Plan": "hwnas.training.plan",
     "Profile": "hwnas.api",
-    "Result": "hwnas.searching.searcher",
+    "Result": "hwnas.searching.result",
     "Run": "hwnas.run",
     "SearchSpace": "hwnas.space",
     "Stage": "hwnas.space",
@@ -74,8 +74,8 @@ if TYPE_CHECKING:
     from hwnas.predictors import LatencyPredictor as LatencyPredictor
     from hwnas.predictors import make_predictor as make_predictor
     from hwnas.run import Run as Run
-    from hwnas.searching.searcher import Candidate as Candidate
-    from hwnas.searching.searcher import Result as Result
+    from hwnas.searching.result import Candidate as Candidate
+    from hwnas.searching.result import Result as Result
     from hwnas.space import Architecture as Architecture
     from hwnas.space import Block as Block
     from hwnas.space import SearchSpace as SearchSpace

@@ -338,10 +338,11 @@ def search(
     found = [("best", result.best), ("random search", result.random)]
     found += [("front", candidate) for candidate in result.front if candidate != result.best]
     rows = [
-        [name, c.architecture.describe(), f"{c.accuracy:.2%}", f"{c.predicted_ms:.3f} ± {c.std_ms:.3f}",
-         "-" if c.measured_ms is None else f"{c.measured_ms:.3f}", f"{c.macs / 1e6:.2f}", f"{c.params / 1e3:.0f}"]
+        [name, c.architecture.describe(), f"{c.accuracy:.2%}", f"{ms.predicted:.3f} ± {ms.std:.3f}",
+         "-" if ms.measured is None else f"{ms.measured:.3f}", f"{c.macs / 1e6:.2f}", f"{c.params / 1e3:.0f}"]
         for name, c in found
         if c is not None
+        for ms in c.latency.values()
     ]  # fmt: skip
     columns = ["", "architecture", "validation", "predicted ms", "measured ms", "MMACs", "k params"]
     title = f"{latency_ms:g} ms on {device}, {result.num_evaluations} evaluations"

@@ -111,10 +111,12 @@ def test_cost_of_a_file(capsys, tmp_path):
 
 def test_search_document(capsys, finished):
     found = json.loads((finished / "results" / "quick-50ms.json").read_text())
-    keys = {"architecture", "accuracy", "predicted_ms", "std_ms", "measured_ms", "macs", "params"}
+    keys = {"architecture", "architecture_text", "accuracy", "macs", "params", "latency"}
     assert all(set(entry) == keys for entry in [*found["front"], found["best"], found["random"]])
-    assert found["best"]["measured_ms"] <= 50
-    latencies = [entry["measured_ms"] or entry["predicted_ms"] for entry in found["front"]]
+    assert found["limits"] == [{"kind": "latency", "device": "quick", "value": 50, "unit": "ms"}]
+    assert found["best"]["latency"]["quick"]["measured"] <= 50
+    estimates = [entry["latency"]["quick"] for entry in found["front"]]
+    latencies = [estimate["measured"] or estimate["predicted"] for estimate in estimates]
     assert latencies == sorted(latencies)
     accuracies = [entry["accuracy"] for entry in found["front"]]
     assert accuracies == sorted(accuracies)
@@ -459,7 +461,7 @@ def test_killed_search_goes_on(run, finished):
     assert len(evaluated) == len(set(evaluated))
     assert trials - counts(finished)["trials"] == 60  # both studies whole, nothing twice
     result = json.loads((run / "results" / "quick-40ms.json").read_text())
-    assert result["num_evaluations"] == 30
+    assert [len(accuracies) for accuracies in result["history"].values()] == [30, 30]
 
 
 def test_killed_training_goes_on(tmp_path, space_file, finished):

@@ -11,7 +11,8 @@ from hwnas.layers import lower, total_macs
 from hwnas.measurement import Measurement
 from hwnas.predictors import make_predictor
 from hwnas.searching.limits import REPEATABILITY, LatencyLimit
-from hwnas.searching.searcher import Candidate, Result, Searcher, pareto_front
+from hwnas.searching.result import Candidate, Estimate, Result
+from hwnas.searching.searcher import Searcher, pareto_front
 from hwnas.searching.strategies import Scored
 from hwnas.space import Architecture, SearchSpace
 
@@ -87,7 +88,7 @@ def world(tmp_path) -> World:
 
 def test_the_best_is_measured_and_keeps_the_limit(world):
     result = world.searcher(LIMIT).run(20)
-    assert result.best.measured_ms == pytest.approx(latency(result.best.architecture))
+    assert result.best.latency["fake"].measured == pytest.approx(latency(result.best.architecture))
     assert latency(result.best.architecture) <= LIMIT
     assert result.random is not None
     assert latency(result.random.architecture) <= LIMIT
@@ -104,7 +105,7 @@ def test_a_looser_limit_never_gets_a_worse_answer(world):
     known = [Scored(good, 0.99), Scored(slow, 1.0)]
     result = world.searcher(limit, known=lambda: known).run(6, baseline=True)
     assert result.best.architecture == good
-    assert result.best.measured_ms == pytest.approx(latency(good))
+    assert result.best.latency["fake"].measured == pytest.approx(latency(good))
     assert result.num_evaluations == 6
     assert good not in world.evaluated
     assert result.random.architecture != good
@@ -161,8 +162,8 @@ def test_an_optimistic_predictor_is_put_right_by_measuring(tmp_path):
     """The device turns out 30% slower than it was: what was believed to keep the limit does not, and is passed over."""
     world = World(tmp_path, measure=lambda arch: measurement(arch, 1.3 * latency(arch)))
     result = world.searcher(LIMIT).run(30, baseline=False)
-    assert result.best.measured_ms is not None
-    assert result.best.measured_ms * (1 + REPEATABILITY) <= LIMIT
+    assert result.best.latency["fake"].measured is not None
+    assert result.best.latency["fake"].measured * (1 + REPEATABILITY) <= LIMIT
     assert len(world.measured) >= 1
 
 
@@ -243,18 +244,17 @@ def candidate(ms: float, accuracy: float) -> Candidate:
     return Candidate(
         architecture=SPACE.smallest(),
         accuracy=accuracy,
-        predicted_ms=ms,
-        std_ms=0.1,
-        measured_ms=None,
         macs=1,
         params=1,
+        latency={"fake": Estimate(predicted=ms, std=0.1)},
     )
 
 
 def test_pareto_front():
     points = [candidate(3, 0.8), candidate(1, 0.5), candidate(2, 0.7), candidate(2.5, 0.6), candidate(3, 0.9)]
-    assert [(c.latency_ms, c.accuracy) for c in pareto_front(points)] == [(1, 0.5), (2, 0.7), (3, 0.9)]
-    assert pareto_front([]) == ()
+    front = [(c.latency["fake"].value, c.accuracy) for c in pareto_front(points, "fake")]
+    assert front == [(1, 0.5), (2, 0.7), (3, 0.9)]
+    assert pareto_front([], "fake") == ()
 
 
 def test_result_round_trips(world):

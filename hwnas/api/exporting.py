@@ -24,7 +24,7 @@ from hwnas.store import Store
 if TYPE_CHECKING:
     from hwnas.data.torch_dataset import TorchDatasets
     from hwnas.exporters.base import Artifact
-    from hwnas.searching.searcher import Result
+    from hwnas.searching.result import Result
 
 
 def export(
@@ -92,10 +92,12 @@ def export(
 
         def about(artifact: Artifact) -> dict[str, Any]:
             latency = None if bench is None else bench(artifact.path)
-            if found is not None and latency is not None and latency["measured_ms"] > found.limit_ms:
-                notice(
-                    f"the file takes {latency['measured_ms']:.4g} ms, over the search's limit of {found.limit_ms:g} ms"
-                )
+            limits = [] if found is None else [dict(limit) for limit in found.limits]
+            if latency is not None:
+                same = {"kind": "latency", "device": latency["device"]}
+                for ms in [limit["value"] for limit in limits if same.items() <= limit.items()]:
+                    if latency["measured_ms"] > ms:
+                        notice(f"the file takes {latency['measured_ms']:.4g} ms, over the search's limit of {ms:g} ms")
             test = evaluator.score(child, child_arch, images_of.test)
             return {
                 "architecture": child_arch.to_dict(),
@@ -109,7 +111,7 @@ def export(
                 "classes": list(images_of.classes),
                 "accuracy": {"split": "test", "value": test.accuracy, "num_images": test.num_images},
                 "latency": latency,
-                "limit": None if found is None else {"device": found.device, "latency_ms": found.limit_ms},
+                "limits": limits,
                 "training": {"data": images_of.name, "weights": evaluator.supernet.identity()},
             }
 
@@ -142,7 +144,7 @@ def _measure_file(run: Run, arch: Architecture, device: Device, store: Store, fi
 
 
 def _result(run: Run, name: str | None) -> tuple[str, Result]:
-    from hwnas.searching.searcher import Result
+    from hwnas.searching.result import Result
 
     paths = sorted((run.path / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not paths:

@@ -19,7 +19,7 @@ from hwnas.run import Run
 
 if TYPE_CHECKING:
     from hwnas.data.torch_dataset import TorchDatasets
-    from hwnas.searching.searcher import Result
+    from hwnas.searching.result import Result
 
 
 def search(

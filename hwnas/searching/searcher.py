@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import optuna
-from optuna.distributions import BaseDistribution, IntDistribution
 
 from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs, total_params
@@ -18,96 +14,12 @@ from hwnas.measurement import Measurement
 from hwnas.predictors import LatencyPredictor
 from hwnas.progress import Report, silent
 from hwnas.searching.limits import LatencyLimit
+from hwnas.searching.result import Candidate, Estimate, Result
 from hwnas.searching.strategies import CoarseToFine, RandomSearch, Scored, Strategy
+from hwnas.searching.study import Study
 from hwnas.space import Architecture, SearchSpace
 
 FINALISTS = 4  # measured at a time
-GENERATION = 2  # children proposed, and evaluated, at a time; on every machine, so that all find the same
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A child with all that is known of it.
-
-    Attributes:
-        architecture: the child.
-        accuracy: on the validation images, 0 to 1.
-        predicted_ms, std_ms: what the device's predictor says, milliseconds.
-        measured_ms: median latency measured on the device, milliseconds; None if it was not measured.
-        macs, params: multiply-adds and parameters.
-    """
-
-    architecture: Architecture
-    accuracy: float
-    predicted_ms: float
-    std_ms: float
-    measured_ms: float | None
-    macs: int
-    params: int
-
-    @property
-    def latency_ms(self) -> float:
-        """Measured where it was, else predicted."""
-        return self.predicted_ms if self.measured_ms is None else self.measured_ms
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        names = [name for name in self.__slots__ if name != "architecture"]
-        return {"architecture": self.architecture.to_dict(), **{name: getattr(self, name) for name in names}}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        return cls(**{**value, "architecture": Architecture.from_dict(value["architecture"])})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What a search found.
-
-    Attributes:
-        device: its name.
-        limit_ms: the latency limit, milliseconds.
-        confidence: with which an unmeasured child had to keep it.
-        best: the most accurate child that keeps the limit as measured.
-        front: children that no other evaluated one beats in both accuracy and latency, fastest first.
-        random: the best child of random search with as many evaluations under the same rules, where it was run.
-        num_evaluations: children evaluated by each of the two.
-        seed: of the search.
-    """
-
-    device: str
-    limit_ms: float
-    confidence: float
-    best: Candidate
-    front: tuple[Candidate, ...]
-    random: Candidate | None
-    num_evaluations: int
-    seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        value: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
-        value["best"] = self.best.to_dict()
-        value["front"] = [candidate.to_dict() for candidate in self.front]
-        value["random"] = self.random and self.random.to_dict()
-        return value
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`.
-
-        Raises:
-            InputError: something is missing.
-        """
-        try:
-            known = {name: value[name] for name in cls.__slots__}
-            known["best"] = Candidate.from_dict(value["best"])
-            known["front"] = tuple(Candidate.from_dict(item) for item in value["front"])
-            known["random"] = value["random"] and Candidate.from_dict(value["random"])
-            return cls(**known)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"not a search result of hwnas ({error})") from None
 
 
 class Searcher:
@@ -187,15 +99,20 @@ class Searcher:
         self.limit = replace(self.limit, measured=self._latencies())
         best = self.confirm(pool)
         random = self.confirm(drawn) if drawn else None
+        history = {"coarse-to-fine": [scored.accuracy for scored in found]}
+        if drawn:
+            history["random"] = [scored.accuracy for scored in drawn]
         return Result(
-            device=self.limit.device,
-            limit_ms=self.limit.ms,
+            limits=({"kind": "latency", "device": self.limit.device, "value": self.limit.ms, "unit": "ms"},),
             confidence=self.limit.confidence,
-            best=best,
-            front=pareto_front([self.candidate(scored) for scored in pool if self._keeps_limit(scored.arch)]),
-            random=random,
-            num_evaluations=len(found),
+            strategy="coarse-to-fine",
             seed=self.seed,
+            best=best,
+            front=pareto_front(
+                [self.candidate(scored) for scored in pool if self._keeps_limit(scored.arch)], self.limit.device
+            ),
+            random=random,
+            history=history,
         )
 
     def _from_elsewhere(self, found: Sequence[Scored], drawn: Sequence[Scored]) -> list[Scored]:
@@ -207,64 +124,28 @@ class Searcher:
         keeps = self.limit.feasible(self.space.encode([scored.arch for scored in others]))
         return [scored for scored, fits in zip(others, keeps, strict=True) if fits]
 
-    # ------------------------------------------------------------ exploring
-
     def explore(
         self, strategy: Strategy, name: str, report: Callable[[int, str], None] = lambda done, note: None
     ) -> list[Scored]:
-        """Evaluate what a strategy proposes, and record it as a study named `<device> <limit> <name> ...`."""
-        study = self._study(name, strategy.budget)
-        recorded = {trial.user_attrs.get("id") for trial in study.get_trials(deepcopy=False)}
-        history: list[Scored] = []
-        while len(history) < strategy.budget:
-            archs = strategy.propose(history, min(GENERATION, strategy.budget - len(history)))
-            if not archs:
-                self.notice(f"{name}: no further child keeps the limit after {len(history)} evaluations")
-                break
-            for arch, accuracy in zip(archs, self.evaluate(archs), strict=True):
-                history.append(Scored(arch, accuracy))
-                if arch.id not in recorded:
-                    study.add_trial(self._trial(history[-1]))
-            best = max(scored.accuracy for scored in history)
-            report(len(history), f"{name}: best accuracy {best:.4f}")
-        return history
-
-    def _study(self, name: str, budget: int) -> optuna.Study:
-        # A study belongs to one question: predictor, limit, space and seed decide what may be proposed.
-        question = [self.predictor.to_dict(), self.limit.ms, self.limit.confidence, self.seed, budget]
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        arguments = {"connect_args": {"timeout": 60}} if self.storage_url.startswith("sqlite") else {}
-        return optuna.create_study(
-            storage=optuna.storages.RDBStorage(self.storage_url, engine_kwargs=arguments),
-            study_name=f"{self.limit.describe()}, {name} {digest}",
-            sampler=optuna.samplers.RandomSampler(seed=self.seed),  # never asked: we propose
-            direction="maximize",
-            load_if_exists=True,
+        """Evaluate what a strategy proposes, as a study named `<limit>, <name> ...`."""
+        question = [self.predictor.to_dict(), self.limit.ms, self.limit.confidence, self.seed, strategy.budget]
+        study = Study(
+            self.space,
+            self.storage_url,
+            f"{self.limit.describe()}, {name}",
+            question,
+            evaluate=self.evaluate,
+            about=self._about,
+            notice=self.notice,
         )
+        return study.explore(strategy, lambda done, note: report(done, f"{name}: {note}"))
 
-    def _trial(self, scored: Scored) -> optuna.trial.FrozenTrial:
-        """The child as a finished trial; each parameter is the index of its choice in the space."""
-        genes = self.space.encode([scored.arch])
-        present = [(gene, int(index)) for gene, index in zip(self.space.genes, genes[0], strict=True) if index >= 0]
-        distributions: dict[str, BaseDistribution] = {
-            gene.name: IntDistribution(0, len(gene.choices) - 1) for gene, _ in present
-        }
-        candidate = self.candidate(scored)
-        return optuna.trial.create_trial(
-            value=scored.accuracy,
-            params={gene.name: index for gene, index in present},
-            distributions=distributions,
-            user_attrs={
-                "id": scored.arch.id,
-                "architecture": scored.arch.describe(),
-                "predicted_ms": candidate.predicted_ms,
-                "std_ms": candidate.std_ms,
-                "macs": candidate.macs,
-                "params": candidate.params,
-            },
-            constraints={self.limit.describe(): float(self.limit.upper(genes)[0] - self.limit.ms)},
-        )
+    def _about(self, arch: Architecture) -> tuple[dict[str, Any], dict[str, float]]:
+        mean, std = self.predictor.predict([arch])
+        layers = lower(self.space, arch)
+        over = float(self.limit.upper(self.space.encode([arch]))[0] - self.limit.ms)
+        costs = {"predicted_ms": float(mean[0]), "std_ms": float(std[0])}
+        return {**costs, "macs": total_macs(layers), "params": total_params(layers)}, {self.limit.describe(): over}
 
     # ------------------------------------------------------------ confirming
 
@@ -321,11 +202,15 @@ class Searcher:
         return Candidate(
             architecture=scored.arch,
             accuracy=scored.accuracy,
-            predicted_ms=float(mean[0]),
-            std_ms=float(std[0]),
-            measured_ms=None if measured is None else measured.latency_ms,
             macs=total_macs(layers),
             params=total_params(layers),
+            latency={
+                self.limit.device: Estimate(
+                    predicted=float(mean[0]),
+                    std=float(std[0]),
+                    measured=None if measured is None else measured.latency_ms,
+                )
+            },
         )
 
     def _check_limit(self) -> None:
@@ -347,10 +232,10 @@ class Searcher:
             self.notice(f"the limit of {self.limit.describe()} is above the biggest child ({cost:.4g} ms): all keep it")
 
 
-def pareto_front(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Those that no other beats in both latency and accuracy, fastest first."""
+def pareto_front(candidates: Sequence[Candidate], device: str) -> tuple[Candidate, ...]:
+    """Those that no other beats in both latency on a device and accuracy, fastest first."""
     front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.latency_ms, -c.accuracy)):
+    for candidate in sorted(candidates, key=lambda c: (c.latency[device].value, -c.accuracy)):
         if not front or candidate.accuracy > front[-1].accuracy:
             front.append(candidate)
     return tuple(front)
