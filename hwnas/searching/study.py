@@ -54,12 +54,37 @@ class Study:
             load_if_exists=True,
         )
 
-    def explore(self, strategy: Strategy, report: Callable[[int, str], None] = lambda done, note: None) -> list[Scored]:
-        """Evaluate what a strategy proposes until its budget is spent; `report` is told how many, and the best."""
+    def known(self, find: Callable[[], Sequence[Scored]]) -> list[Scored]:
+        """What was known of other searches' children when this study began, in order of their ids.
+
+        What a strategy proposes depends on it. So it is recorded at the first call: an interrupted search, and every
+        further worker, goes on from the same, whatever has become known since.
+
+        Args:
+            find: what is known now.
+        """
+        scored = {one.arch.id: one for one in find()}
+        if "known" not in self._study.user_attrs:
+            self._study.set_user_attr("known", sorted(scored))
+        return [scored[name] for name in self._study.user_attrs["known"] if name in scored]
+
+    def explore(
+        self,
+        strategy: Strategy,
+        report: Callable[[int, str], None] = lambda done, note: None,
+        known: Sequence[Scored] = (),
+    ) -> list[Scored]:
+        """Evaluate what a strategy proposes until its budget is spent.
+
+        Args:
+            strategy: proposes.
+            report: told how many are evaluated, and the best accuracy.
+            known: what the strategy's history starts with; none of it counts as evaluated.
+        """
         recorded = {trial.user_attrs.get("id") for trial in self._study.get_trials(deepcopy=False)}
         history: list[Scored] = []
         while len(history) < strategy.budget:
-            archs = strategy.propose(history, min(GENERATION, strategy.budget - len(history)))
+            archs = strategy.propose([*known, *history], min(GENERATION, strategy.budget - len(history)))
             if not archs:
                 self._notice(f"{self.name}: no further child keeps the limit after {len(history)} evaluations")
                 break
