@@ -10,7 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.layers import LayerSums
+from hwnas.exporters.base import file_bytes
+from hwnas.layers import Layer, LayerPeaks, LayerSums
 from hwnas.predictors import LatencyPredictor
 from hwnas.space import Genes, SearchSpace
 
@@ -39,15 +40,16 @@ class Cost(ABC):
 
 
 class LayerCost(Cost):
-    """A cost that the layers decide, the same on every device and exactly known.
+    """A cost that the layers decide, the same on every device.
 
     Args:
         space: of the children.
-        kind: `macs`, `params`, ...: a `Limit.kind` without a device.
+        kind: `macs`, `params`, `size` (of the ONNX file in float32, MB; see `file_bytes`) or `memory` (of the
+            activations in float32 at their peak, MB; see `peak_activation_bytes`). A MB is 10^6 bytes.
     """
 
     def __init__(self, space: SearchSpace, kind: str) -> None:
-        self.unit, make = _KINDS[kind]
+        self.unit, make = _LAYER_COSTS[kind]
         self._values = make(space)
 
     def expected(self, genes: Genes) -> Floats:
@@ -59,20 +61,29 @@ class LayerCost(Cost):
         return self._values(genes)
 
 
-def _macs(space: SearchSpace) -> Callable[[Genes], Floats]:
-    sums = LayerSums(space, lambda layer: (layer.macs,))
-    return lambda genes: sums(genes)[:, 0]
+_Values: TypeAlias = Callable[[Genes], Floats]
 
 
-def _params(space: SearchSpace) -> Callable[[Genes], Floats]:
-    sums = LayerSums(space, lambda layer: (layer.params,))
-    return lambda genes: sums(genes)[:, 0]
+def _sums(measure: Callable[[Layer], float]) -> Callable[[SearchSpace], _Values]:
+    def make(space: SearchSpace) -> _Values:
+        sums = LayerSums(space, lambda layer: (measure(layer),))
+        return lambda genes: sums(genes)[:, 0]
+
+    return make
 
 
-_KINDS: dict[str, tuple[str, Callable[[SearchSpace], Callable[[Genes], Floats]]]] = {
-    "macs": ("MACs", _macs),
-    "params": ("parameters", _params),
+def _peaks(space: SearchSpace) -> _Values:
+    peaks = LayerPeaks(space)
+    return lambda genes: peaks(genes) / 1e6
+
+
+_LAYER_COSTS: dict[str, tuple[str, Callable[[SearchSpace], _Values]]] = {
+    "macs": ("MACs", _sums(lambda layer: layer.macs)),
+    "params": ("parameters", _sums(lambda layer: layer.params)),
+    "size": ("MB", _sums(lambda layer: file_bytes([layer]) / 1e6)),
+    "memory": ("MB", _peaks),
 }
+LAYER_COSTS = tuple(_LAYER_COSTS)  # the kinds of `LayerCost`
 
 
 class DeviceCost(Cost):
