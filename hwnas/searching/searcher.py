@@ -129,11 +129,8 @@ class Searcher:
         total = num_evaluations * (2 if baseline else 1)
         # Children are chosen before any finalist is measured, so that both strategies see the same limits.
         study = self._study(self.strategy, num_evaluations)
-        known = study.known(self.known)
-        fitting = [one for one, kept in zip(known, self._predicted_to_keep(known), strict=True) if kept]
-        found = self._explore(
-            study, self.strategy, num_evaluations, fitting, lambda done, note: report(done, total, note)
-        )
+        known = study.begin(self._known())
+        found = self._explore(study, self.strategy, num_evaluations, known, lambda done, note: report(done, total, note))
         drawn: list[Scored] = []
         if baseline:
             study = self._study("random", len(found))
@@ -146,7 +143,7 @@ class Searcher:
             "known": hashlib.sha256("".join(scored.arch.id for scored in known).encode()).hexdigest()[:12],
             "baseline": baseline,
         }
-        self.pool = [*found, *fitting]
+        self.pool = [*found, *known]
         best = self.confirm(self.pool)
         if self.whole_front:
             self._settle_front()
@@ -167,7 +164,7 @@ class Searcher:
             random=random,
             history={name: [one.accuracy for one in scored] for name, scored in explored.items()},
             axis={"kind": kind, "device": device, "unit": self._cost(kind, device).unit},
-            num_known=len(fitting),
+            num_known=len(known),
             devices={name: target.source(best.arch) for name, target in self.targets.items()},
             hypervolume=hypervolume,
             slope=self._slopes([*known, *found, *drawn]),
@@ -175,8 +172,11 @@ class Searcher:
             question=question,
         )
 
-    def _predicted_to_keep(self, scored: Sequence[Scored]) -> NDArray[np.bool_]:
-        return self.explored.feasible(self.space.encode([one.arch for one in scored]))
+    def _known(self) -> list[Scored]:
+        """Known children that are predicted to keep the limits, in order of their ids."""
+        found = sorted(self.known(), key=lambda scored: scored.arch.id)
+        keeps = self.explored.feasible(self.space.encode([scored.arch for scored in found]))
+        return [scored for scored, kept in zip(found, keeps, strict=True) if kept]
 
     # ------------------------------------------------------------ exploring
 
@@ -231,7 +231,7 @@ class Searcher:
             rng=np.random.default_rng([self.seed, int(strategy == "random")]),
             front=self.whole_front,
         )
-        return study.explore(proposer, lambda done, note: report(done, f"{strategy}: {note}"), known)
+        return study.explore(proposer, lambda done, note: report(done, f"{strategy}: {note}"), known=known)
 
     def _size(self, genes: NDArray[np.int8]) -> NDArray[np.float64]:
         """The share of the limits that children are expected to use; of a front, of what it ranges over."""
