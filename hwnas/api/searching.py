@@ -72,8 +72,8 @@ def search(
         evaluations: children to evaluate that were not known before.
         confidence: with which a child that was not measured has to keep the limits.
         baseline: whether to run random search with as many evaluations beside it.
-        front: a device, or `macs` or `params`: look for the best child of every latency on it (of every cost), up to
-            its limit where there is one.
+        front: a device, or `macs`, `params`, `size` or `memory`: look for the best child of every latency on it (of
+            every cost), up to its limit where there is one.
         data: what the run was trained on, if that was a dataset of PyTorch.
         seed: of all chance.
         report: told the progress.
@@ -91,7 +91,7 @@ def search(
     with ExitStack() as stack:
         session = _Session(stack, Run(run), confidence, strategy, data, seed, notice)
         return session.answer(
-            session.searcher(asked, front), _name(asked, front), evaluations, baseline=baseline, report=report
+            session.searcher(asked, front), result_name(asked, front), evaluations, baseline=baseline, report=report
         )
 
 
@@ -104,7 +104,7 @@ def search_all(
     evaluations: int = 100,
     confidence: float = 0.95,
     baseline: bool = True,
-    front: bool = False,
+    fronts: Sequence[str | None] = (),
     data: TorchDatasets | None = None,
     seed: int = 0,
     report: Report = silent,
@@ -126,7 +126,7 @@ def search_all(
         evaluations: for the first question; a fifth of it for each further one.
         confidence: of all searches.
         baseline: whether to run random search beside each, with as many evaluations.
-        front: look for the best child of every latency on each question's device, up to the limit.
+        fronts: for each question its `front`; none by default.
         data: the images.
         seed: of all chance.
         report: told the progress.
@@ -143,16 +143,18 @@ def search_all(
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise InputError(f"tolerance={tolerance}: must be a number from 0")
     asked = [[one] if isinstance(one, Limit) else list(one) for one in questions]
-    fronts = [limits[0].device if front and limits else None for limits in asked]
-    names = [_name(limits, axis) for limits, axis in zip(asked, fronts, strict=True)]
+    axes = list(fronts) or [None] * len(asked)
+    if len(axes) != len(asked):
+        raise InputError(f"{len(axes)} fronts for {len(asked)} questions: give one for each, or none at all")
+    names = [result_name(limits, axis) for limits, axis in zip(asked, axes, strict=True)]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError(f"{len(names)} questions ({', '.join(names) or 'none'}): ask two or more different ones")
-    for limits, axis in zip(asked, fronts, strict=True):
+    for limits, axis in zip(asked, axes, strict=True):
         _check(limits, axis)
     with ExitStack() as stack:
         session = _Session(stack, Run(run), confidence, strategy, data, seed, notice)
         searchers = {
-            name: session.searcher(limits, axis) for name, limits, axis in zip(names, asked, fronts, strict=True)
+            name: session.searcher(limits, axis) for name, limits, axis in zip(names, asked, axes, strict=True)
         }
         results = {}
         for number, (name, searcher) in enumerate(searchers.items()):
@@ -194,11 +196,12 @@ class _Session:
 
     def searcher(self, limits: Sequence[Limit], front: str | None) -> Searcher:
         """For one question, with the predictors as they are in the run."""
-        from hwnas.searching.searcher import LAYER_KINDS, Searcher
+        from hwnas.searching.costs import LAYER_COSTS
+        from hwnas.searching.searcher import Searcher
         from hwnas.searching.strategies import Scored
 
         devices = dict.fromkeys(limit.device for limit in limits)
-        if front is not None and front not in LAYER_KINDS:
+        if front is not None and front not in LAYER_COSTS:
             devices[front] = None
         energy = {limit.device for limit in limits if limit.kind == "energy"}
         targets = [self._target(given, given in energy) for given in devices if given is not None]
@@ -302,8 +305,8 @@ def _replaced(limit: Limit) -> Limit:
     return Limit.from_dict({**limit.to_dict(), "device": device_name(limit.device)})
 
 
-def _name(limits: Sequence[Limit], front: str | None) -> str:
-    """Of a result: `cpu-20ms`, `pixel-20ms+jetson-5ms`, `macs-600M`, `cpu-front`."""
+def result_name(limits: Sequence[Limit], front: str | None = None) -> str:
+    """What a search's result is called: `cpu-20ms`, `pixel-20ms+jetson-5ms`, `macs-600M`, `cpu-front`."""
     parts = []
     for limit in _named(limits):
         if limit.device is not None:

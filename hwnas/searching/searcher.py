@@ -14,7 +14,7 @@ from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs, total_params
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.searching.bounds import Bounds, extreme
-from hwnas.searching.costs import Cost, LayerCost
+from hwnas.searching.costs import LAYER_COSTS, Cost, LayerCost
 from hwnas.searching.fronts import front_slope, pareto, running_hypervolume
 from hwnas.searching.limits import LatencyLimit, Limit
 from hwnas.searching.result import Candidate, Result, Slope
@@ -24,7 +24,6 @@ from hwnas.searching.targets import Target
 from hwnas.space import Architecture, SearchSpace
 
 FINALISTS = 4  # measured at a time
-LAYER_KINDS = ("macs", "params")  # costs that a front may be over, beside latency
 
 
 class Searcher:
@@ -75,7 +74,7 @@ class Searcher:
         self.space, self.limits, self.targets = space, tuple(limits), dict(targets)
         self.confidence, self.strategy, self.weights, self.seed = confidence, strategy, weights, seed
         self.evaluate, self.known, self.storage_url, self.notice = evaluate, known, storage_url, notice
-        self._layers = {kind: LayerCost(space, kind) for kind in LAYER_KINDS}
+        self._layers = {kind: LayerCost(space, kind) for kind in LAYER_COSTS}
         self.whole_front = front is not None
         self._axis = self._find_axis(front)
         # Exploring goes by predictions alone: a measured latency changes a little with every further measurement,
@@ -130,7 +129,9 @@ class Searcher:
         # Children are chosen before any finalist is measured, so that both strategies see the same limits.
         study = self._study(self.strategy, num_evaluations)
         known = study.begin(self._known())
-        found = self._explore(study, self.strategy, num_evaluations, known, lambda done, note: report(done, total, note))
+        found = self._explore(
+            study, self.strategy, num_evaluations, known, lambda done, note: report(done, total, note)
+        )
         drawn: list[Scored] = []
         if baseline:
             study = self._study("random", len(found))
@@ -326,6 +327,8 @@ class Searcher:
             accuracy=scored.accuracy,
             macs=total_macs(layers),
             params=total_params(layers),
+            file_bytes=self._megabytes("size", scored.arch),
+            peak_bytes=self._megabytes("memory", scored.arch),
             latency={name: target.estimate("latency", scored.arch) for name, target in self.targets.items()},
             energy={
                 name: target.estimate("energy", scored.arch)
@@ -333,6 +336,9 @@ class Searcher:
                 if target.energy is not None
             },
         )
+
+    def _megabytes(self, kind: str, arch: Architecture) -> int:
+        return round(1e6 * float(self._layers[kind].expected(self.space.encode([arch]))[0]))
 
     def _slopes(self, scored: Sequence[Scored]) -> dict[str, Slope]:
         """What one more millisecond buys on each device with a latency limit, the others being kept."""
