@@ -72,6 +72,21 @@ class Study:
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
         self._key = name if named else f"{name} {digest}"
 
+    def begin(self, known: Sequence[Scored]) -> list[Scored]:
+        """Begin the study, or open it.
+
+        Args:
+            known: children that were evaluated before this study, for the strategy to see at the start of the history.
+
+        Returns:
+            Those that the first worker gave: they hold for all, and for a search that goes on.
+
+        Raises:
+            InputError: the study of this name is about another question, or the database cannot be used.
+        """
+        with Store(self._url) as store:
+            return self._join(store, known)
+
     def explore(
         self,
         strategy: Strategy,
