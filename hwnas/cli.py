@@ -385,6 +385,8 @@ def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, 
                  help="Children to evaluate; a fifth of it for each further device."),
     click.option("--confidence", default=0.95, show_default=True, help="With which an unmeasured child keeps limits."),
     click.option("--baseline/--no-baseline", default=True, show_default=True, help="Random search beside it."),
+    click.option("--storage", metavar="URL", help="Database to share with others [default: $HWNAS_STORAGE, or the run's]."),
+    click.option("--study", metavar="NAME", help="Workers that name the same study work on it together."),
     SEED,
     JSON,
 )  # fmt: skip

@@ -167,7 +167,7 @@ class Evaluator:
         self, archs: Sequence[Architecture], split: Split
     ) -> Generator[tuple[Architecture, Score, float], None, None]:
         """Children, their scores and the seconds each took, as they are ready."""
-        workers = min(self._num_workers(), len(archs))
+        workers = min(self.at_once, len(archs))
         if workers <= 1:
             for arch in archs:
                 yield arch, *self._timed_score(arch, split, threading.Event())
@@ -192,7 +192,9 @@ class Evaluator:
         finally:
             torch.set_num_threads(threads)
 
-    def _num_workers(self) -> int:
+    @property
+    def at_once(self) -> int:
+        """Children evaluated at a time."""
         if self._workers is not None:
             return self._workers
         if self._device.type != "cpu":

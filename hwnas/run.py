@@ -21,6 +21,7 @@ from hwnas.training.recipes import TrainConfig
 
 DEFAULT = "run"
 ENVIRONMENT = "HWNAS_RUN"
+STORAGE = "HWNAS_STORAGE"
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -85,13 +86,15 @@ class Run:
 
     Args:
         path: the folder; None for `$HWNAS_RUN`, or `./run`.
+        storage: URL of the database; None for `$HWNAS_STORAGE`, or what `run.yaml` says, or a file in the folder.
 
     Raises:
         InputError: there is no run there, or its `run.yaml` is damaged.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path | None = None, *, storage: str | None = None) -> None:
         self.path = self.locate(path)
+        self._storage = storage or os.environ.get(STORAGE)
         file = self.path / "run.yaml"
         if not file.is_file():
             raise InputError(
@@ -150,15 +153,23 @@ class Run:
     @property
     def storage_url(self) -> str:
         """The database's URL, for SQLAlchemy and for Optuna."""
-        return self.config.storage or f"sqlite:///{(self.path / 'hwnas.db').absolute()}"
+        return self._storage or self.config.storage or self._own_url
+
+    @property
+    def _own_url(self) -> str:
+        return f"sqlite:///{(self.path / 'hwnas.db').absolute()}"
 
     def store(self) -> Store:
-        """The run's database.
+        """The run's database. One elsewhere gets what the file in the folder has, and it has not.
 
         Raises:
-            InputError: it is damaged.
+            InputError: it is damaged, or cannot be reached.
         """
-        return Store(self.storage_url)
+        store = Store(self.storage_url)
+        if self.storage_url != self._own_url and (self.path / "hwnas.db").is_file():
+            with Store(self._own_url) as own:
+                store.adopt(own)
+        return store
 
     def folder(self, name: str) -> Path:
         """A folder of the run, made if it is not there."""

@@ -368,6 +368,25 @@ class Store:
             for row in rows
         ]
 
+    def adopt(self, other: Store) -> None:
+        """Copy the measurements and evaluations of another database that this one has not.
+
+        Raises:
+            InputError: one of them cannot be used.
+        """
+        with self.claimed("adopt"), other._connection() as theirs, self._connection() as ours:
+            for table, keys in (
+                (_measurements, ("protocol", "arch_id", "created")),
+                (_evaluations, ("weights", "split", "protocol", "arch_id")),
+            ):
+                query = sa.select(*(table.c[key] for key in keys))
+                here = {tuple(row) for row in ours.execute(query)}
+                if {tuple(row) for row in theirs.execute(query)} <= here:
+                    continue
+                for row in theirs.execute(sa.select(table).order_by(table.c.id)).mappings():
+                    if tuple(row[key] for key in keys) not in here:
+                        ours.execute(sa.insert(table), {name: row[name] for name in row if name != "id"})
+
     # ------------------------------------------------------------ studies that workers share
 
     def open_study(self, name: str, question: Any, known: Sequence[tuple[Architecture, float]]) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from hwnas.errors import InputError
 from hwnas.measurement import Measurement, usual_ms
 from hwnas.store import Evaluation, Store
 from hwnas.testing import tiny_space
+from tests.postgres import Postgres
 
 ROOT = Path(__file__).parent.parent
 SPACE = tiny_space()
@@ -29,9 +30,22 @@ def path(tmp_path):
     return tmp_path / "hwnas.db"
 
 
+@pytest.fixture(scope="module")
+def server():
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, path):
+    if request.param == "sqlite":
+        return f"sqlite:///{path}"
+    return request.getfixturevalue("server").url(path.parent.name)
+
+
 @pytest.fixture
-def store(path):
-    with Store(path) as store:
+def store(url):
+    with Store(url) as store:
         yield store
 
 
@@ -82,10 +96,10 @@ FAILED = {"rounds": (), "reference_ms": (), "error": "out of memory"}
 
 
 @pytest.mark.parametrize("changes", [{}, {"role": "finalist"}, {"reference_ms": ()}, FAILED])
-def test_measurement_round_trip(store, path, changes):
+def test_measurement_round_trip(store, url, changes):
     made = measurement(**changes)
     store.add_measurement(made)
-    with Store(f"sqlite:///{path}") as other:
+    with Store(url) as other:
         (found,) = other.measurements()
     usual = usual_ms(made.reference_ms, 0.05) if made.reference_ms else None
     assert found == replace(made, usual_reference_ms=usual)
@@ -145,14 +159,88 @@ def test_first_evaluation_is_kept(store):
     assert [e.accuracy for e in store.evaluations("abc", "validation", "1024 images")] == [0.5]
 
 
-def test_optuna_shares_the_database(store, path):
+def test_optuna_shares_the_database(store, url):
     store.add_measurement(measurement())
-    study = optuna.create_study(storage=f"sqlite:///{path}", study_name="s")
+    storage = optuna.storages.RDBStorage(url.replace("postgresql:", "postgresql+psycopg:"))
+    study = optuna.create_study(storage=storage, study_name="s")
     study.add_trial(optuna.trial.create_trial(value=1.0))
     store.add_evaluation(evaluation())
     assert len(study.get_trials()) == len(store.measurements()) == 1
-    with Store(path) as again:
+    storage.remove_session()
+    storage.engine.dispose()
+    with Store(url) as again:
         assert len(again.measurements()) == 1
+
+
+def test_adopts_what_another_database_has(store, tmp_path):
+    with Store(tmp_path / "other.db") as other:
+        for seed in range(3):
+            other.add_measurement(measurement(seed))
+            other.add_evaluation(evaluation(seed))
+        store.add_evaluation(evaluation(1, accuracy=0.5))
+        store.adopt(other)
+        store.adopt(other)
+        assert store.measurements() == other.measurements()
+        found = {e.arch: e.accuracy for e in store.evaluations("abc", "validation", "1024 images")}
+    assert found == {child(0): 0.875, child(1): 0.5, child(2): 0.875}
+
+
+# -------------------------------------------------------------------- studies that workers share
+
+
+def test_the_first_to_open_a_study_decides(store):
+    known = [(child(5), 0.25)]
+    assert store.open_study("s", {"ms": 0.1}, known) == ({"ms": 0.1}, known)
+    assert store.open_study("s", {"ms": 7}, []) == ({"ms": 0.1}, known)
+    assert store.open_study("other", 3, []) == (3, [])
+
+
+def test_the_first_to_propose_decides(store):
+    store.propose("s", 0, [child(0), child(1)])
+    store.propose("s", 0, [child(2), child(3)])
+    store.propose("s", 2, [child(4)])
+    assert [(c.number, c.arch, c.accuracy) for c in store.children("s")] == [
+        (0, child(0), None),
+        (1, child(1), None),
+        (2, child(4), None),
+    ]
+    assert [store.begin_child("s", 1), store.begin_child("s", 1)] == [True, False]
+    store.finish_child("s", 1, 0.1)
+    assert [(c.number, c.accuracy) for c in store.children("s", first=1)] == [(1, 0.1), (2, None)]
+    assert store.children("other") == []
+
+
+def test_a_claim_excludes_others(store, url):
+    with Store(url) as other:
+        with store.claim("a") as mine, other.claim("a") as theirs, store.claim("a") as again, other.claim("b") as b:
+            assert (mine, theirs, again, b) == (True, False, False, True)
+        with other.claim("a") as theirs:
+            assert theirs
+
+
+def test_a_claim_ends_with_its_holder(store, url):
+    program = """
+import sys, time
+from hwnas.store import Store
+with Store(sys.argv[1]) as store, store.claim("a") as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program, url], cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "True\n"
+        with store.claim("a") as mine:
+            assert not mine
+        waited = []
+        holder.kill()
+        holder.wait()
+        with store.claimed("a", lambda: waited.append(1)):
+            assert len(waited) <= 1  # the server may take a moment to notice
+
+
+def test_claims_leave_no_files(path):
+    with Store(path) as store, store.claim("a"), store.claim("b"):
+        pass
+    assert [file.name for file in path.parent.iterdir() if file.is_file()] == ["hwnas.db"]
 
 
 # -------------------------------------------------------------------- other processes
@@ -163,8 +251,8 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 from test_store import measurement, evaluation
 from hwnas.store import Store
-path, first, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-with Store(path) as store:
+url, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with Store(url) as store:
     for seed in range(first, first + count):
         store.add_measurement(measurement(seed))
         store.add_evaluation(evaluation(seed % 20))
@@ -172,9 +260,9 @@ with Store(path) as store:
 """
 
 
-def start_writer(path, first, count):
+def start_writer(url, first, count):
     return subprocess.Popen(
-        [sys.executable, "-c", WRITER, path, str(first), str(count)],
+        [sys.executable, "-c", WRITER, url, str(first), str(count)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -182,12 +270,12 @@ def start_writer(path, first, count):
     )
 
 
-def test_two_processes_write_at_once(path):
-    writers = [start_writer(path, first, 60) for first in (0, 1000)]  # they make the tables at once, too
+def test_two_processes_write_at_once(url):
+    writers = [start_writer(url, first, 60) for first in (0, 1000)]  # they make the tables at once, too
     for writer in writers:
         _, errors = writer.communicate(timeout=60)
         assert writer.returncode == 0, errors
-    with Store(path) as store:
+    with Store(url) as store:
         measured = store.measurements()
         assert {item.arch for item in measured} == {child(seed) for seed in (*range(60), *range(1000, 1060))}
         assert len(measured) == 120
@@ -195,11 +283,11 @@ def test_two_processes_write_at_once(path):
         assert len(found) == len({item.arch for item in found}) == 20
 
 
-def test_what_was_added_survives_a_kill(path):
-    with start_writer(path, 0, 100_000) as writer:
+def test_what_was_added_survives_a_kill(url):
+    with start_writer(url, 0, 100_000) as writer:
         said = [int(writer.stdout.readline()) for _ in range(15)]
         os.kill(writer.pid, signal.SIGKILL)
-    with Store(path) as store:
+    with Store(url) as store:
         measured = [item.arch for item in store.measurements()]
         assert measured[:15] == [child(seed) for seed in said]
         store.add_measurement(measurement(7))
@@ -254,13 +342,14 @@ def test_cut_off_file(path):
     ("column", "value"),
     [("times", b"123"), ("arch", '{"stem": 3}'), ("timing", '{"rounds": 0}'), ("rounds", "[[99, {}]]")],
 )
-def test_damaged_record(store, path, column, value):
-    store.add_measurement(measurement())
-    with sqlite3.connect(path) as connection:
-        connection.execute(f"UPDATE hwnas_measurements SET {column} = ?", (value,))
-    connection.close()
-    with pytest.raises(InputError, match=r"hwnas\.db: .*measurement 1"):
-        store.measurements()
+def test_damaged_record(path, column, value):
+    with Store(path) as store:
+        store.add_measurement(measurement())
+        with sqlite3.connect(path) as connection:
+            connection.execute(f"UPDATE hwnas_measurements SET {column} = ?", (value,))
+        connection.close()
+        with pytest.raises(InputError, match=r"hwnas\.db: .*measurement 1"):
+            store.measurements()
 
 
 def test_newer_schema(path):
@@ -277,6 +366,10 @@ def test_newer_schema(path):
     [
         ("sqlite:////no/such/folder/hwnas.db", "/no/such/folder/hwnas.db: the database cannot be used: unable to open"),
         ("nonsense", "'nonsense' is no database URL"),
+        (
+            "postgresql://me:secret@127.0.0.1:1/db",
+            r"//me:\*\*\*@127.0.0.1:1/db: the database cannot be used: .*refused",
+        ),
         ("nonsense://host/db", "nonsense://host/db: .*nonsense"),
     ],
 )

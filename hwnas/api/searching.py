@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -22,10 +22,12 @@ from hwnas.devices import Device, device_name
 from hwnas.devices.base import DeviceGoneError
 from hwnas.errors import InputError
 from hwnas.files import write_text
+from hwnas.measurement import Measurement
 from hwnas.measuring.measure import measure
 from hwnas.predictors import LatencyPredictor, load_predictor
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.run import Run
+from hwnas.space import Architecture
 
 if TYPE_CHECKING:
     from hwnas.data.torch_dataset import TorchDatasets
@@ -50,6 +52,8 @@ def search(
     confidence: float = 0.95,
     baseline: bool = True,
     front: str | None = None,
+    storage: str | None = None,
+    study: str | None = None,
     data: TorchDatasets | None = None,
     seed: int = 0,
     report: Report = silent,
@@ -74,13 +78,17 @@ def search(
         baseline: whether to run random search with as many evaluations beside it.
         front: a device, or `macs`, `params`, `size` or `memory`: look for the best child of every latency on it (of
             every cost), up to its limit where there is one.
+        storage: URL of the database; None for `$HWNAS_STORAGE`, or the run's own.
+        study: a name; all searches of this name, in however many processes and on however many machines, work together
+            and get the same answer. None: all that ask the same do.
         data: what the run was trained on, if that was a dataset of PyTorch.
         seed: of all chance.
         report: told the progress.
         notice: told what a user should know.
 
     Raises:
-        InputError: neither limit nor front, bad numbers, no trained supernet, no predictor.
+        InputError: neither limit nor front, bad numbers, no trained supernet, no predictor, or a study of this name
+            that asks something else.
         LimitError: no child keeps the limits.
         DeviceError: children fail on a device that can be reached.
     """
@@ -89,9 +97,13 @@ def search(
     asked = [limits] if isinstance(limits, Limit) else list(limits)
     _check(asked, front)
     with ExitStack() as stack:
-        session = _Session(stack, Run(run), confidence, strategy, data, seed, notice)
+        session = _Session(stack, Run(run, storage=storage), confidence, strategy, data, seed, notice)
         return session.answer(
-            session.searcher(asked, front), result_name(asked, front), evaluations, baseline=baseline, report=report
+            session.searcher(asked, front, study),
+            result_name(asked, front),
+            evaluations,
+            baseline=baseline,
+            report=report,
         )
 
 
@@ -105,6 +117,8 @@ def search_all(
     confidence: float = 0.95,
     baseline: bool = True,
     fronts: Sequence[str | None] = (),
+    storage: str | None = None,
+    study: str | None = None,
     data: TorchDatasets | None = None,
     seed: int = 0,
     report: Report = silent,
@@ -127,6 +141,8 @@ def search_all(
         confidence: of all searches.
         baseline: whether to run random search beside each, with as many evaluations.
         fronts: for each question its `front`; none by default.
+        storage: see `search`.
+        study: see `search`; it holds one study for each question.
         data: the images.
         seed: of all chance.
         report: told the progress.
@@ -152,9 +168,10 @@ def search_all(
     for limits, axis in zip(asked, axes, strict=True):
         _check(limits, axis)
     with ExitStack() as stack:
-        session = _Session(stack, Run(run), confidence, strategy, data, seed, notice)
+        session = _Session(stack, Run(run, storage=storage), confidence, strategy, data, seed, notice)
         searchers = {
-            name: session.searcher(limits, axis) for name, limits, axis in zip(names, asked, axes, strict=True)
+            name: session.searcher(limits, axis, study and f"{study}, {name}")
+            for name, limits, axis in zip(names, asked, axes, strict=True)
         }
         results = {}
         for number, (name, searcher) in enumerate(searchers.items()):
@@ -194,7 +211,7 @@ class _Session:
     def _evaluator(self) -> Evaluator:
         return open_evaluator(self.run, self._notice, self._data)
 
-    def searcher(self, limits: Sequence[Limit], front: str | None) -> Searcher:
+    def searcher(self, limits: Sequence[Limit], front: str | None, study: str | None) -> Searcher:
         """For one question, with the predictors as they are in the run."""
         from hwnas.searching.costs import LAYER_COSTS
         from hwnas.searching.searcher import Searcher
@@ -218,6 +235,8 @@ class _Session:
             ],
             storage_url=self.run.storage_url,
             weights=self._evaluator.supernet.identity(),
+            study=study,
+            at_once=self._evaluator.at_once,
             notice=self._notice,
             **self._options,
         )
@@ -239,9 +258,11 @@ class _Session:
         if name not in self._devices:
             self._devices[name] = self._reach(given, predictor)
         device, source = self._devices[name]
-        bench = partial(
-            measure, space=self.run.space, device=device, timing=device.timing, store=self._store, role="finalist"
-        )
+
+        def bench(archs: Sequence[Architecture]) -> list[Measurement]:
+            with self._store.claimed(f"measure on {name}"):  # what another worker measures now is not measured again
+                return measure(archs, self.run.space, device, device.timing, self._store, role="finalist")
+
         energy_path = self.run.predictor_path(f"{name}.energy")
         return Target(
             name,

@@ -48,6 +48,8 @@ class Searcher:
             the strategy starts from, and candidates for the answer: a looser limit never gets a worse one than a
             tighter limit got.
         weights: what identifies the supernet's weights.
+        study: a name by which workers meet; None: by all that is asked.
+        at_once: children to give to `evaluate` at a time.
         seed: of all chance.
         notice: told what a user should know.
 
@@ -68,12 +70,15 @@ class Searcher:
         front: str | None = None,
         known: Callable[[], Sequence[Scored]] = tuple,
         weights: str = "",
+        study: str | None = None,
+        at_once: int = 2,
         seed: int = 0,
         notice: Notice = unheard,
     ) -> None:
         self.space, self.limits, self.targets = space, tuple(limits), dict(targets)
         self.confidence, self.strategy, self.weights, self.seed = confidence, strategy, weights, seed
         self.evaluate, self.known, self.storage_url, self.notice = evaluate, known, storage_url, notice
+        self.study, self.at_once = study, at_once
         self._layers = {kind: LayerCost(space, kind) for kind in LAYER_COSTS}
         self.whole_front = front is not None
         self._axis = self._find_axis(front)
@@ -205,14 +210,19 @@ class Searcher:
         asked = self.explored.describe()
         if self.whole_front:
             asked += f", front over {' on '.join(part for part in self._axis if part)}"
+        name = f"{asked}, {strategy}"
+        if self.study is not None:
+            name = self.study if strategy == self.strategy else f"{self.study}, {strategy}"
         return Study(
             self.space,
             self.storage_url,
-            f"{asked}, {strategy}",
+            name,
             self._question(strategy, budget),
             evaluate=self.evaluate,
             about=self._about,
             notice=self.notice,
+            named=self.study is not None,
+            at_once=self.at_once,
         )
 
     def _explore(

@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from textwrap import shorten
 from typing import Any
 
@@ -108,9 +108,8 @@ class Study:
         Raises:
             InputError: the study of this name is about another question, or the database cannot be used.
         """
-        with Store(self._url) as store:
+        with Store(self._url) as store, self._trials(store) as trials:
             known = self._join(store, known)
-            trials = self._trials(store)
             history: list[Scored] = []
             pause_s, longest_s = POLL_S
             while len(history) < strategy.budget:
@@ -144,19 +143,26 @@ class Study:
             )
         return [Scored(arch, accuracy) for arch, accuracy in before]
 
-    def _trials(self, store: Store) -> optuna.Study:
+    @contextmanager
+    def _trials(self, store: Store) -> Iterator[optuna.Study]:
         """The study as Optuna's tools see it."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         url = database_url(self._url)
         template = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         with store.claimed("optuna"):  # it fails where two processes make its tables at once
-            return optuna.create_study(
-                storage=_Storage(template, engine_kwargs={"connect_args": connect_arguments(url)}),
+            storage = _Storage(template, engine_kwargs={"connect_args": connect_arguments(url)})
+            study = optuna.create_study(
+                storage=storage,
                 study_name=self._key,
                 sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: we propose
                 direction="maximize",
                 load_if_exists=True,
             )
+        try:
+            yield study
+        finally:
+            storage.remove_session()
+            storage.engine.dispose()
 
     @staticmethod
     def _report(report: Callable[[int, str], None], history: Sequence[Scored], rest: Sequence[StudyChild]) -> None:
