@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -385,7 +385,7 @@ def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, 
                  help="Children to evaluate; a fifth of it for each further device."),
     click.option("--confidence", default=0.95, show_default=True, help="With which an unmeasured child keeps limits."),
     click.option("--baseline/--no-baseline", default=True, show_default=True, help="Random search beside it."),
-    click.option("--storage", metavar="URL", help="Database to share with others [default: $HWNAS_STORAGE, or the run's]."),
+    click.option("--storage", metavar="URL", help="Database, to share it [default: $HWNAS_STORAGE, or the run's]."),
     click.option("--study", metavar="NAME", help="Workers that name the same study work on it together."),
     SEED,
     JSON,
@@ -435,6 +435,8 @@ def _show_result(name: str, result: Result, run: str | None, as_json: bool) -> N
     found += [("front", candidate) for candidate in result.front if candidate != result.best]
     candidates = [(name, candidate) for name, candidate in found if candidate is not None]
     columns = ["", "architecture", "validation", *_cost_columns(result.devices), "MMACs", "k params", "file MB"]
+    if len(result.devices) == 1:
+        columns[3:5] = ["predicted ms", "measured ms"]
     rows = [
         [name, c.architecture.describe(), f"{c.accuracy:.2%}", *_cost_cells(c, result.devices),
          f"{c.macs / 1e6:.2f}", f"{c.params / 1e3:.0f}", f"{(c.file_bytes or 0) / 1e6:.2f}"]
@@ -462,13 +464,11 @@ def _result_lines(result: Result) -> Iterator[str]:
         yield f"mean over all limits of the best accuracy (hypervolume): {areas}"
     for device, source in result.devices.items():
         if not source.measured:
-            error = "" if source.error_pct is None else f", typical error {source.error_pct:.1f}%"
-            yield f"{device}: predicted, not measured{error}"
+            yield f"{device}: predicted, not measured, typical error {source.error_pct:.1f}%"
 
 
-def _cost_columns(devices: Mapping[str, Source]) -> list[str]:
-    return [f"{word} ms" + (f" on {name}" if len(devices) > 1 else "")
-            for name in devices for word in ("predicted", "measured")]  # fmt: skip
+def _cost_columns(devices: Iterable[str]) -> list[str]:
+    return [f"{word} ms on {name}" for name in devices for word in ("predicted", "measured")]
 
 
 def _cost_cells(candidate: Candidate, devices: Mapping[str, Source]) -> list[str]:
@@ -483,23 +483,22 @@ def _cost_cells(candidate: Candidate, devices: Mapping[str, Source]) -> list[str
 def _show_portfolio(portfolio: Portfolio, run: str | None, as_json: bool) -> None:
     from hwnas.run import Run
 
-    devices = {name: source for result in portfolio.results.values() for name, source in result.devices.items()}
     answers: list[list[object]] = []
     lines: list[str] = []
     for name, result in portfolio.results.items():
         best, random = result.best, result.random
         answers.append(
             [name, best.architecture.describe(), f"{best.accuracy:.2%}", "-" if random is None else
-             f"{random.accuracy:.2%}", *_cost_cells(best, {d: s for d, s in devices.items() if d in result.devices}),
+             f"{random.accuracy:.2%}", *_cost_cells(best, result.devices),
              result.num_evaluations, result.num_known]
         )  # fmt: skip
         lines += _result_lines(result)
     columns = ["", "architecture", "validation", "random search", "predicted ms", "measured ms", "evaluations", "known"]
     members = [
-        [m.candidate.architecture.describe(), f"{m.candidate.accuracy:.2%}",
-         ", ".join(f"{name} (-{100 * lost:.2f})" for name, lost in m.serves.items()),
-         *_cost_cells(m.candidate, devices), f"{m.candidate.macs / 1e6:.2f}"]
+        [m.candidate.architecture.describe(), f"{m.candidate.accuracy:.2%}", f"{m.candidate.macs / 1e6:.2f}",
+         name, f"{-100 * lost + 0.0:.2f}"]
         for m in portfolio.members
+        for name, lost in m.serves.items()
     ]  # fmt: skip
     sure = "the fewest" if portfolio.exact else "the fewest that were found in time"
     title = f"portfolio: {sure} that serve all within {100 * portfolio.tolerance:g} points of the best"
@@ -509,7 +508,7 @@ def _show_portfolio(portfolio: Portfolio, run: str | None, as_json: bool) -> Non
         as_json,
         document,
         table("the best for each", columns, answers),
-        table(title, ["child", "validation", "serves (points lost)", *_cost_columns(devices), "MMACs"], members),
+        table(title, ["child", "validation", "MMACs", "serves", "points"], members),
         *lines,
         f"results: {where / 'results'}",
         next_line("export", where, "--format", "onnx", "--result", next(iter(portfolio.results))),

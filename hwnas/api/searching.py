@@ -24,7 +24,7 @@ from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.measurement import Measurement
 from hwnas.measuring.measure import measure
-from hwnas.predictors import LatencyPredictor, load_predictor
+from hwnas.predictors import load_predictor
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.run import Run
 from hwnas.space import Architecture
@@ -174,14 +174,14 @@ def search_all(
             for name, limits, axis in zip(names, asked, axes, strict=True)
         }
         results = {}
+        budgets = [evaluations] + [math.ceil(FURTHER * evaluations)] * (len(names) - 1)
         for number, (name, searcher) in enumerate(searchers.items()):
-            budget = evaluations if number == 0 else math.ceil(FURTHER * evaluations)
             results[name] = session.answer(
                 searcher,
                 name,
-                budget,
+                budgets[number],
                 baseline=baseline,
-                report=lambda done, total, note="", name=name: report(done, total, f"{name}: {note}"),
+                report=_part_of(report, sum(budgets[:number]) / sum(budgets), budgets[number] / sum(budgets), name),
             )
         members, exact = choose_members(searchers, results, tolerance)
     made = Portfolio(results=results, members=tuple(members), tolerance=tolerance, exact=exact)
@@ -205,7 +205,7 @@ class _Session:
         self.run, self._stack, self._data, self._notice = run, stack, data, notice
         self._options: dict[str, Any] = {"confidence": confidence, "strategy": strategy, "seed": seed}
         self._store = stack.enter_context(run.store())
-        self._devices: dict[str, tuple[Device, Source]] = {}
+        self._devices: dict[str, tuple[Device, dict[str, str], str]] = {}
 
     @cached_property
     def _evaluator(self) -> Evaluator:
@@ -256,8 +256,8 @@ class _Session:
         name = device_name(given)
         predictor = self.run.predictor(name)
         if name not in self._devices:
-            self._devices[name] = self._reach(given, predictor)
-        device, source = self._devices[name]
+            self._devices[name] = self._reach(given)
+        device, versions, reason = self._devices[name]
 
         def bench(archs: Sequence[Architecture]) -> list[Measurement]:
             with self._store.claimed(f"measure on {name}"):  # what another worker measures now is not measured again
@@ -267,33 +267,31 @@ class _Session:
         return Target(
             name,
             predictor,
-            measure=None if source.reason else bench,
+            measure=None if reason else bench,
             measurements=last_measurements(name, device.timing, self._store, "fit"),
             energy=load_predictor(energy_path) if energy and energy_path.is_file() else None,
-            source=source,
-            notice=self._notice,
-        )
-
-    def _reach(self, given: str, predictor: LatencyPredictor) -> tuple[Device, Source]:
-        """The device, and whether it can be reached: to be known before hours of evaluations, not after."""
-        from hwnas.searching.result import Source
-
-        device = self._stack.enter_context(open_device(given, self.run))
-        versions: dict[str, str] = {}
-        reason = ""
-        try:
-            versions = device.versions()
-        except DeviceGoneError as error:
-            reason = str(error)
-        statistics = predictor.statistics
-        return device, Source(
-            measured=False,
-            source=getattr(predictor, "source", ""),
-            error_pct=None if statistics is None else statistics.left_out_pct,
             reason=reason,
             runtime=f"{device.runtime}, {device.precision}",
             versions=versions,
+            notice=self._notice,
         )
+
+    def _reach(self, given: str) -> tuple[Device, dict[str, str], str]:
+        """The device, its versions, and why it cannot be reached: better known before hours of evaluations."""
+        device = self._stack.enter_context(open_device(given, self.run))
+        try:
+            return device, device.versions(), ""
+        except DeviceGoneError as error:
+            return device, {}, str(error)
+
+
+def _part_of(report: Report, start: float, share: float, name: str) -> Report:
+    """For a part of the whole: tells percent of it."""
+
+    def tell(done: float, total: float, note: str = "") -> None:
+        report(round(100 * (start + share * done / total)), 100, f"{name}: {note}")
+
+    return tell
 
 
 def _check(limits: Sequence[Limit], front: str | None) -> None:
@@ -306,8 +304,7 @@ def _check(limits: Sequence[Limit], front: str | None) -> None:
 
 def _predicted(device: str, source: Source) -> str:
     """What to know of an answer that was not measured."""
-    error = "" if source.error_pct is None else f", typical error {source.error_pct:.1f}%"
-    how = source.source or f"predicted from what was measured there before{error}"
+    how = source.source or f"predicted from what was measured there before, typical error {source.error_pct:.1f}%"
     return (
         f"{device}: latencies are predicted, not measured: {how}; the device cannot be used ({source.reason}): "
         f"make it reachable, see `hwnas devices check {device}`, and search again"

@@ -280,15 +280,19 @@ class Searcher:
     def confirm(self, found: Sequence[Scored]) -> Scored:
         """The most accurate child that keeps the limits as measured, wherever measuring is possible.
 
-        Measures the best few that were not measured, refits, re-ranks, until the first in the ranking is measured.
+        Measures the best few that were not measured, refits, re-ranks, until the first in the ranking is measured. Of
+        equally accurate children the cheapest is first.
 
         Raises:
             LimitError: none of the children keeps the limits as measured.
         """
-        ranking = sorted(found, key=lambda scored: -scored.accuracy)
+        archs = [scored.arch for scored in found]
+        genes = self.space.encode(archs)
+        accuracies = np.array([scored.accuracy for scored in found])
         while True:
-            kept = self.keeps([scored.arch for scored in ranking])
-            finalists = [scored for scored, keeps in zip(ranking, kept, strict=True) if keeps]
+            kept = self.keeps(archs)
+            ranking: list[int] = np.lexsort((self._cost(*self._axis).expected(genes), -accuracies)).tolist()
+            finalists = [found[index] for index in ranking if kept[index]]
             if not finalists:
                 raise LimitError(
                     f"{self.explored.describe()}: no evaluated child kept the limits as measured; "
