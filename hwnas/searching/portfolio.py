@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.searching.costs import Floats
-from hwnas.searching.result import Candidate, Result
+from hwnas.searching.result import Candidate, Estimate, Result
 from hwnas.searching.searcher import Searcher
 from hwnas.searching.strategies import Scored
 
@@ -158,10 +158,18 @@ def _assign(serves: NDArray[np.bool_]) -> list[int]:
 
 
 def _everywhere(scored: Scored, searchers: Mapping[str, Searcher]) -> Candidate:
-    """The child with its costs on all devices."""
+    """The child with its costs on all devices, as measured where any search measured it."""
     candidates = [searcher.candidate(scored) for searcher in searchers.values()]
     return replace(
         candidates[0],
-        latency={name: cost for candidate in reversed(candidates) for name, cost in candidate.latency.items()},
-        energy={name: cost for candidate in reversed(candidates) for name, cost in candidate.energy.items()},
+        latency=_best_known([candidate.latency for candidate in candidates]),
+        energy=_best_known([candidate.energy for candidate in candidates]),
     )
+
+
+def _best_known(estimates: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    found: dict[str, Estimate] = {}
+    for device, estimate in (pair for by_device in estimates for pair in by_device.items()):
+        if device not in found or found[device].measured is None:
+            found[device] = estimate
+    return found
