@@ -1,6 +1,7 @@
 """What children cost beside time: memory, file size, energy; and the report of a space."""
 
 import json
+import os
 import re
 
 import click
@@ -12,7 +13,11 @@ import hwnas.api
 from hwnas.api.costs import energy_path, energy_predictor, fit_energy
 from hwnas.cli import limit_options, main
 from hwnas.devices.base import RunTimes, Timing
-from hwnas.errors import InputError
+from hwnas.devices.tool_device import ToolDevice
+from hwnas.devices.tools import trtexec
+from hwnas.devices.transports import linux
+from hwnas.devices.transports.host import Host
+from hwnas.errors import DeviceError, InputError
 from hwnas.exporters.base import exporter, file_bytes, write_random
 from hwnas.files import parts
 from hwnas.layers import lower, peak_activation_bytes, total_macs
@@ -22,6 +27,7 @@ from hwnas.run import Run, RunConfig
 from hwnas.searching.costs import DeviceCost, LayerCost
 from hwnas.searching.limits import EnergyLimit, LatencyLimit, MacsLimit, ParamsLimit
 from hwnas.space import SearchSpace
+from hwnas.testing import QUICK
 
 PACKAGES = {"executorch": "executorch"}  # that a format needs for writing
 SIZES = [
@@ -84,6 +90,56 @@ def run(tmp_path) -> Run:
 
 
 ARCHS = [SPACE.smallest(), SPACE.largest(), *(SPACE.sample(np.random.default_rng(i)) for i in range(20))]
+
+
+TEGRASTATS = """#!/bin/sh
+while true; do
+    if [ -e {folder}/running ]; then power=9000; else power=4000; fi
+    echo "RAM 1/2MB (lfb 1x4MB) CPU [1%@729,off] GR3D_FREQ 0% cpu@48.468C VDD_IN ${{power}}mW/4778mW"
+    sleep 0.05
+done
+"""
+TRTEXEC = """#!/bin/sh
+case "$*" in *saveEngine*) for word; do case $word in --saveEngine=*) echo engine >"${{word#*=}}";; esac; done;; esac
+sleep 0.2; touch {folder}/running; sleep 0.6; rm {folder}/running
+echo '[07/01/2026-10:00:00] [I] GPU Compute Time: mean = 2 ms, median = 2 ms, percentile(75%) = 2 ms'
+echo '&&&& PASSED TensorRT.trtexec [TensorRT v100300] # trtexec'
+"""
+
+
+@pytest.fixture
+def jetson(tmp_path, monkeypatch) -> ToolDevice:
+    """A stand-in for trtexec on a board whose tegrastats tells 4 W at rest and 9 W while a network runs."""
+    for name, text in (("tegrastats", TEGRASTATS), ("trtexec", TRTEXEC)):
+        (tmp_path / name).write_text(text.format(folder=tmp_path))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "child.onnx").touch()
+    with ToolDevice("jetson", Host(), trtexec.Program("fp16"), program=str(tmp_path / "trtexec")) as device:
+        yield device
+
+
+def test_a_program_on_a_jetson_is_metered_while_it_runs(jetson, tmp_path):
+    times = jetson.run(tmp_path / "child.onnx", QUICK)
+    assert times.facts["power_mw"] == times.facts["before"]["power_mw"] == 4000
+    assert times.facts["run_power_mw"] == 9000
+    made = Measurement(
+        arch=ARCHS[0], device="jetson", runtime="tensorrt", versions={}, precision="fp16", timing=QUICK, rounds=(times,)
+    )
+    assert made.energy_mj == 9 * 2
+
+
+def test_a_failure_under_the_meter_keeps_its_status(jetson, tmp_path):
+    (tmp_path / "trtexec").write_text(
+        "#!/bin/sh\ncase \"$*\" in *saveEngine*) exit 0;; esac\necho '[E] no memory left'\nexit 7\n"
+    )
+    with pytest.raises(DeviceError, match="no memory left"):
+        jetson.run(tmp_path / "child.onnx", QUICK)
+
+
+def test_a_log_of_power_that_tells_none():
+    assert linux.run_power_mw("") is None
+    assert linux.run_power_mw("tegrastats: not found\nRAM 1/2MB VDD_IN mW\n") is None
 
 
 def test_energy_is_predicted_where_it_is_told(run):

@@ -85,7 +85,10 @@ class Bounds:
         if not self.possible():
             raise LimitError(self._why_none())
         told = []
+        largest = self.space.encode([self.space.largest()])
         for limit, cost in self.terms:
+            if cost.upper(largest, self.confidence)[0] > limit.value:
+                continue
             _, most = extreme(self.space, lambda genes, cost=cost: -cost.upper(genes, self.confidence))  # type: ignore[misc]
             if -most <= limit.value:
                 biggest = show_cost(-most, limit.unit)
