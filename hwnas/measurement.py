@@ -183,7 +183,7 @@ class Measurement:
 
     @property
     def energy_mj(self) -> float | None:
-        """Energy of one inference, millijoules, the median over the rounds that count; None if the device does not tell.
+        """Energy of one inference, mJ, the median over the rounds that count; None if the device does not tell.
 
         Of everything that the device's sensor sees, at rest and for other programs too: the processor's package by its
         counters (RAPL), a Jetson's whole module by its power times the latency. A Raspberry Pi or a phone tells none.

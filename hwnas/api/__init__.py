@@ -10,6 +10,7 @@ from hwnas.api.catalogue import remove_device as remove_device
 from hwnas.api.catalogue import show_device as show_device
 from hwnas.api.costs import cost as cost
 from hwnas.api.costs import read_architecture as read_architecture
+from hwnas.api.costs import space_report as space_report
 from hwnas.api.data import inspect_data as inspect_data
 from hwnas.api.data import load_data as load_data
 from hwnas.api.evaluating import accuracy as accuracy

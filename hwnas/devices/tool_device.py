@@ -11,6 +11,7 @@ from pathlib import Path
 from hwnas.devices.base import Check, Device, DeviceGoneError, RunTimes, Timing
 from hwnas.devices.tools.base import Tool
 from hwnas.devices.transports.base import MAX_COPIES, ConnectionLostError, Finished, Transport
+from hwnas.devices.transports.linux import metered, run_power_mw
 from hwnas.errors import DeviceError
 
 BUILD_TIMEOUT_S = 600.0  # TensorRT tries many kernels for each layer, a Jetson Nano takes minutes
@@ -63,12 +64,15 @@ class ToolDevice(Device):
     def run(self, path: Path, timing: Timing) -> RunTimes:
         """See `Device`."""
         network = self._build(path, self._transport.send(path))
-        command = self._tool.command(self._program, network, timing, self._transport.folder)
+        command = list(self._tool.command(self._program, network, timing, self._transport.folder))
         pinned = [] if self._cores is None else ["taskset", f"{sum(1 << core for core in self._cores):x}"]
+        command = [*pinned, *command]
         before = self._transport.state()
-        times = self._parse(self._run([*pinned, *command], timing.timeout_s))
-        after = self._transport.state()
-        return replace(times, facts={**times.facts, **after, **({"before": before} if before else {})})
+        log = f"{self._transport.folder}/power" if "power_mw" in before else None
+        times = self._parse(self._run(metered(command, log) if log else command, timing.timeout_s))
+        facts = {**times.facts, **self._transport.state(), **({"before": before} if before else {})}
+        power = run_power_mw(self._transport.run(["cat", log]).stdout) if log else None
+        return replace(times, facts=facts if power is None else {**facts, "run_power_mw": power})
 
     def _build(self, path: Path, network: str) -> str:
         """What the tool runs in place of a network's file, built at its first use; the file itself for most tools."""

@@ -82,10 +82,13 @@ class Bounds:
             LimitError: no child does, as far as a search for one tells. The message has the least possible value of
                 each limit that cannot be kept, and the child that has it.
         """
-        if not self._any_feasible():
+        if not self.possible():
             raise LimitError(self._why_none())
         told = []
+        largest = self.space.encode([self.space.largest()])
         for limit, cost in self.terms:
+            if cost.upper(largest, self.confidence)[0] > limit.value:
+                continue
             _, most = extreme(self.space, lambda genes, cost=cost: -cost.upper(genes, self.confidence))  # type: ignore[misc]
             if -most <= limit.value:
                 biggest = show_cost(-most, limit.unit)
@@ -98,7 +101,8 @@ class Bounds:
         row, value = extreme(self.space, lambda genes: cost.upper(genes, self.confidence))
         return value, self.space.decode(row)
 
-    def _any_feasible(self) -> bool:
+    def possible(self) -> bool:
+        """Whether some child keeps all limits, as far as a search for one tells."""
         if self.feasible(self.space.encode([self.space.smallest()]))[0]:
             return True
         return bool(self._largest_share(self._nearest()[None])[0] <= 1)

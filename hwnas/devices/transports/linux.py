@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from hwnas.devices.readings import tegrastats
@@ -24,6 +25,8 @@ _STATE = (
     # A Jetson's own tool, which prints a line each 0.1 s, knows its power, too.
     "if command -v tegrastats >/dev/null; then timeout 2 tegrastats --interval 100 | head -n 1; fi"
 )
+# Runs a program; meanwhile a Jetson's tegrastats writes a line each 0.1 s to the file that is named first.
+_METERED = 'tegrastats --interval 100 >"$0" 2>&1 & meter=$!; "$@"; status=$?; kill "$meter"; exit "$status"'
 _GPU = re.compile(r"gpu|mali|\bg[a-z]\d\d[a-z]\b", re.IGNORECASE)  # 17000000.ga10b, 57000000.gpu, ff9a0000.mali
 
 
@@ -75,6 +78,21 @@ def state(transport: Transport) -> dict[str, Any]:
         if name in ("celsius", "mhz", "gpu_mhz", "power_mw")
     }
     return jetson | {name: max(values) for name, values in readings.items() if values}
+
+
+def metered(command: Sequence[str], log: str) -> list[str]:
+    """A command for a Jetson that also writes to the file `log` what `run_power_mw` reads."""
+    return ["sh", "-c", _METERED, log, *command]
+
+
+def run_power_mw(log: str) -> float | None:
+    """The power of a Jetson's whole module while a program ran a network; None if it is not told.
+
+    The median of the upper half of what was told each 0.1 s: a program that times a network first loads it, which takes
+    less power.
+    """
+    told = sorted(found["power_mw"] for line in log.splitlines() if "power_mw" in (found := tegrastats(line)))
+    return float(median(told[len(told) // 2 :])) if told else None
 
 
 def _numbers(texts: Sequence[str], unit: float) -> list[float]:
