@@ -15,8 +15,7 @@ from scipy.sparse import csr_array
 from hwnas.layers import Layer
 from hwnas.predictors.base import FloatArray, Model
 from hwnas.predictors.features import FEATURE_NAMES, FeatureSums, by_name, from_names, layer_shape
-from hwnas.predictors.metrics import Z_90
-from hwnas.predictors.prior import conformal_90
+from hwnas.predictors.prior import honest_factor
 from hwnas.space import Genes
 
 # How much faster or slower a machine is than a known one, as the standard deviation of a logarithm: anything.
@@ -336,8 +335,7 @@ def fit_layers(
     Returns:
         A JSON object for `process_model` and `process_costs_ms`: the measurements, and for each machine that is worth
         keeping its index, scale, rates where the model is linear, hyperparameters, noise variances relative to the
-        usual, and probability; `std_factor`, with which standard deviations are multiplied so that 90% of the errors
-        left out lie within `Z_90` of them, and a little more for the hyperparameters, which have seen them all. And
+        usual, and probability; `std_factor`, with which standard deviations are multiplied (see `honest_factor`). And
         `left_out` (see `LatencyPredictor._learn`).
     """
     counts = sums.counts(genes)
@@ -378,10 +376,9 @@ def fit_layers(
                 "noise": state.noise.tolist(),
             }
         )
-    factor = conformal_90(np.abs(errors) / np.sqrt(variances)) / Z_90 * np.sqrt(1 + len(_MEDIANS) / len(errors))
     return {
         "members": members,
-        "std_factor": float(factor),
+        "std_factor": honest_factor(np.abs(errors) / np.sqrt(variances), num_tuned=len(_MEDIANS)),
         "genes": genes.tolist(),
         "latency_ms": latency_ms.tolist(),
         "left_out": errors,
