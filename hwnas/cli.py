@@ -565,7 +565,9 @@ def predict(run: str | None, device: str, archs: tuple[str, ...], layers: bool, 
     found = api.predict(device, archs, run, layers=layers)
     rows = [[name, f"{p['predicted_ms']:.4f}", f"{p['std_ms']:.4f}"] for name, p in zip(archs, found, strict=True)]
     columns = ["child", "predicted ms", "standard deviation"]
-    shown = [table(f"on {device}", columns, rows)]
+    shown: list[Table | str] = [table(f"on {device}", columns, rows)]
+    if source := found[0]["source"]:
+        shown.append(source)
     if layers:
         titles = (f"{name}: {p['architecture_text']}" for name, p in zip(archs, found, strict=True))
         shown += [_show_layers(title, p["layers"]) for title, p in zip(titles, found, strict=True)]
@@ -677,13 +679,22 @@ def devices(context: click.Context, run: str | None, as_json: bool) -> None:
     from hwnas import api
 
     found = api.devices(run)
-    columns = ["device", "", "reached by", "runtime", "files", "precision", "predictor in this run"]
+    columns = ["device", "", "reached by", "runtime", "files", "precision", "predictor"]
     rows = [
         [d["name"], d["description"], d["transport"], d["runtime"], d["accepts"], d["precision"],
-         "yes" if d["predictor"] else "no"]
+         _predictor_at_hand(d)]
         for d in found
     ]  # fmt: skip
     finish(as_json, {"devices": found}, table("devices", columns, rows))
+
+
+def _predictor_at_hand(device: dict[str, Any]) -> str:
+    """What predicts a device without measuring: the run's own, a published model with its typical error, nothing."""
+    published = device["published"]
+    if device["predictor"] or published is None:
+        return "in this run" if device["predictor"] else ""
+    other = f" of {published['machine']}" if published["stands_in"] else ""
+    return f"published{other}, ±{published['typical_error_pct']:.0f}%"
 
 
 NAME = click.argument("name")

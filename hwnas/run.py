@@ -12,9 +12,11 @@ import yaml
 from pydantic import ConfigDict, with_config
 
 from hwnas.config import check, read_yaml
+from hwnas.devices import Device, device_files, load_device
 from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.predictors import LatencyPredictor, load_predictor
+from hwnas.predictors.published import PublishedModel, candidates, describe, find_published
 from hwnas.space import SearchSpace
 from hwnas.store import Store
 from hwnas.training.recipes import TrainConfig
@@ -80,6 +82,7 @@ class Run:
         supernet.safetensors   the trained weights
         hwnas.db               measurements, evaluations, Optuna's studies
         predictors/            one JSON file a device
+        devices/               device files of this run only
         results/               what searches found
         exports/               deployable files
         cache/                 downloaded data sets, prepared images
@@ -177,20 +180,33 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @property
+    def devices(self) -> Path:
+        """The run's own device files."""
+        return self.path / "devices"
+
     def predictor_path(self, device: str) -> Path:
         """Where a device's predictor is, or will be."""
         return self.path / "predictors" / f"{device}.json"
 
     def predictor(self, device: str) -> LatencyPredictor:
-        """The latency predictor of a device.
+        """The latency predictor of a device: the run's own, or one from published measurements.
+
+        The latter says so in its `source`.
 
         Raises:
-            InputError: there is none yet, its file is damaged, or it is for another space.
+            InputError: there is neither, its file is damaged, or it is for another space.
         """
         path = self.predictor_path(device)
         if not path.is_file():
+            known = device in device_files(self.devices)
+            model = published_model(load_device(device, self.devices)) if known else None
+            if model is not None:
+                return model.predictor(self.space, device)
+            alike = describe(candidates(device))
             raise InputError(
                 f"no latency predictor for {device!r} in {self.path}: run `hwnas profile --device {device}`"
+                + (f", or take a device with published measurements: {alike}" if alike else "")
             )
         predictor = load_predictor(path)
         if predictor.space != self.space:
@@ -200,6 +216,13 @@ class Run:
     def result_path(self, name: str) -> Path:
         """Where a search's result is, or will be."""
         return self.path / "results" / f"{name}.json"
+
+
+def published_model(device: Device) -> PublishedModel | None:
+    """What ships with hwnas for a device in its runtime, precision and threads; None where there is nothing."""
+    return find_published(
+        device.name, runtime=device.runtime, precision=device.precision, threads=device.timing.threads
+    )
 
 
 def _differences(old: object, new: object) -> list[str]:

@@ -33,7 +33,8 @@ from hwnas.predictors.features import (
     layer_features,
 )
 from hwnas.predictors.gp import GpPredictor
-from hwnas.predictors.prior import DEFAULT_MACHINES
+from hwnas.predictors.metrics import Z_90
+from hwnas.predictors.prior import DEFAULT_MACHINES, honest_factor
 from hwnas.predictors.process import Hyperparameters, KnownMachine, LayerProcess
 from hwnas.predictors.xgboost import evaluate, plain_tree
 from hwnas.space import SearchSpace
@@ -398,9 +399,10 @@ def test_features_worked_out_by_hand(changes, expected):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("num_sizes", [1, 2])
 @pytest.mark.parametrize("name", SearchSpace.names())
-def test_sums_agree_with_the_lowering(name):
-    space = SearchSpace.load(name, resolution=SearchSpace.load(name).resolution[:2])
+def test_sums_agree_with_the_lowering(name, num_sizes):
+    space = SearchSpace.load(name, resolution=SearchSpace.load(name).resolution[:num_sizes])
     rng = np.random.default_rng(3)
     archs = [space.smallest(), space.largest(), *(space.sample(rng) for _ in range(5))]
     sums, direct = FeatureSums(space), features_of(space, archs)
@@ -529,6 +531,21 @@ def test_intervals_are_honest(kind):
         predictor = make_predictor(kind, TINY).fit(train, machine_ms(train, 0.05, seed))
         coverages.append(report(machine_ms(test, 0.05, 100 + seed), *predictor.predict(test)).coverage_90)
     assert 83 < np.mean(coverages) < 97
+
+
+@pytest.mark.parametrize("num", [3, 5, 8, 9, 20, 60])
+def test_intervals_of_normal_errors_cover_nine_in_ten_however_few(num):
+    rng = np.random.default_rng(0)
+    scores, new = np.abs(rng.standard_normal((4000, num))), np.abs(rng.standard_normal(4000))
+    factors = np.array([honest_factor(row, num_tuned=0) for row in scores])
+    assert np.mean(new <= Z_90 * factors) == pytest.approx(
+        np.ceil(0.9 * (num + 1)) / (num + 1) if num > 8 else 0.9, abs=0.02
+    )
+
+
+def test_intervals_are_wider_the_more_was_tuned():
+    scores = np.ones(10)
+    assert honest_factor(scores, num_tuned=5) == pytest.approx(np.sqrt(1.5) * honest_factor(scores, num_tuned=0))
 
 
 def test_gp_is_less_sure_far_from_what_it_saw():
@@ -676,6 +693,16 @@ def test_auto_says_what_it_chose(tmp_path):
     )
     predictor.save(tmp_path / "device.json")
     assert load_predictor(tmp_path / "device.json").choice == predictor.choice
+
+
+@pytest.mark.parametrize("count", [3, 10, 29])
+def test_auto_compares_nothing_by_few_measurements(count):
+    few, latency_ms = TRAIN[:count], machine_ms(TRAIN[:count], 0.02)
+    predictor = make_predictor("auto", TINY).fit(few, latency_ms)
+    assert predictor.choice.startswith("gp: mean error ")
+    assert f"({count} measurements; other kinds are compared from 30 on)" in predictor.choice
+    gp = make_predictor("gp", TINY).fit(few, latency_ms)
+    np.testing.assert_array_equal(predictor.predict(TEST), gp.predict(TEST))
 
 
 # -------------------------------------------------------------------- reports

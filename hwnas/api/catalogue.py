@@ -18,12 +18,12 @@ from hwnas.devices.base import Check
 from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.measuring.diagnose import diagnose
-from hwnas.run import Run
+from hwnas.run import Run, published_model
 from hwnas.space import SearchSpace
 
 
 def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
-    """The devices that can be named, and whether the run has a predictor for them.
+    """The devices that can be named, and whether the run has a predictor for them, or hwnas a published model.
 
     Raises:
         InputError: a mistake in a device's file.
@@ -32,6 +32,7 @@ def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
     listed = []
     for name, path in device_files(_own_devices(run)).items():
         _, spec = load_spec(path, _own_devices(run))
+        model = published_model(spec.open(name))
         listed.append(
             {
                 "name": name,
@@ -42,6 +43,12 @@ def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
                 "precision": spec.precision,
                 "file": str(path),
                 "predictor": found is not None and found.predictor_path(name).is_file(),
+                "published": model
+                and {
+                    "machine": model.machine,
+                    "stands_in": name in model.stands_in_for,
+                    "typical_error_pct": model.statistics.left_out_pct,
+                },
             }
         )
     return listed
@@ -50,12 +57,23 @@ def devices(run: str | Path | None = None) -> list[dict[str, Any]]:
 def show_device(device: str | Path, run: str | Path | None = None) -> dict[str, Any]:
     """All that a device's file says, with what it takes over from others, as plain values.
 
+    Under `published` is what its published model is, None without one.
+
     Raises:
         InputError: unknown device, or a mistake in its file.
     """
     name, spec = load_spec(device, _own_devices(run))
     plain: dict[str, Any] = json.loads(json.dumps(asdict(spec), default=str))
-    return {"name": name, **plain}
+    model = published_model(spec.open(name))
+    published = model and {
+        "machine": model.machine,
+        "setting": model.setting,
+        "fitted_to": f"{model.num_networks} {model.what}",
+        "typical_error_pct": model.statistics.left_out_pct,
+        "sources": [f"{one.table}, {one.url} ({one.licence})" for one in model.sources],
+        "note": model.note,
+    }
+    return {"name": name, **plain, "published": published}
 
 
 def add_device(name: str, base: str, changes: dict[str, Any] | None = None, *, overwrite: bool = False) -> Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,12 +21,15 @@ from hwnas.errors import DeviceError, InputError
 from hwnas.measurement import Measurement, Role
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
-from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, make_predictor
+from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, load_predictor, make_predictor
 from hwnas.predictors import report as prediction_report
 from hwnas.progress import Report, silent
-from hwnas.run import Run, RunConfig
+from hwnas.run import Run, RunConfig, published_model
 from hwnas.space import Architecture, SearchSpace
 from hwnas.store import Store
+
+# Up to so many measurements of a device, what is known of others may tell more than they do.
+_FEW = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Profile:
         num_children: how many those are.
         num_failed, num_rejected: children whose measurement failed, and that were measured but cannot be trusted.
         num_unstable: children among those used that were disturbed, but whose latency can be trusted.
+        choice: which kind was taken and why, and what a transfer started from; empty where there was no choice.
         others_busy: processors that other programs kept busy meanwhile, median; None if the device does not tell.
         write_s, run_s: seconds that a child took to write and to measure, median.
         cross_validation: errors on children left out of the fit in turn.
@@ -50,16 +55,12 @@ class Profile:
     num_failed: int
     num_rejected: int
     num_unstable: int
+    choice: str
     others_busy: float | None
     write_s: float
     run_s: float
     cross_validation: PredictionReport
     holdout: PredictionReport | None
-
-    @property
-    def choice(self) -> str:
-        """What `auto` chose and why; empty for other kinds."""
-        return getattr(self.predictor, "choice", "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -152,6 +153,8 @@ def profile_all(
     make_predictor(kind, SearchSpace.load("tiny"))  # refuses an unknown kind before an hour of measuring
     opened = Run(run) if space is None else Run.create(run, _profile_only(run, space))
     targets = [open_device(device, opened) for device in devices]
+    for target in targets if kind == "transfer" else []:
+        _sources(opened, target)
     if len({target.name for target in targets}) < len(targets):
         raise InputError(f"{', '.join(target.name for target in targets)}: a device is named twice")
     chosen = choose_children(opened.space, children, np.random.default_rng([seed, 0]))
@@ -189,7 +192,7 @@ def profile_all(
             raise
     with opened.store() as store:
         return [
-            _fit(opened, target.name, target.timing, store, kind) if error is None else error
+            _fit(opened, target, store, kind) if error is None else error
             for target, error in zip(targets, errors, strict=True)
         ]
 
@@ -211,12 +214,42 @@ def fit(device: str | Path, run: str | Path | None = None, *, kind: str = "auto"
     opened = Run(run)
     target = open_device(device, opened)
     with opened.store() as store:
-        return _fit(opened, target.name, target.timing, store, kind)
+        return _fit(opened, target, store, kind)
 
 
-def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Profile:
+def known_machines(run: Run, target: Device) -> dict[str, LatencyPredictor]:
+    """What a transfer to a device can start from, by a name for people.
+
+    These are the predictors of the run's other devices, and the published model of this one.
+    """
+    known = {}
+    for path in sorted((run.path / "predictors").glob("*.json")):
+        try:
+            predictor = load_predictor(path)
+        except InputError:  # of another version, or damaged: only its own device needs it
+            continue
+        if path.stem != target.name and predictor.space == run.space and predictor.knows_layers:
+            known[path.stem] = predictor
+    model = published_model(target)
+    if model is not None:
+        known[f"published measurements of {model.machine}"] = model.predictor(run.space, target.name)
+    return known
+
+
+def _sources(run: Run, target: Device) -> dict[str, LatencyPredictor]:
+    known = known_machines(run, target)
+    if not known:
+        raise InputError(
+            f"nothing known to transfer to {target.name!r}: profile another device in {run.path} first, or take "
+            "another --kind"
+        )
+    return known
+
+
+def _fit(run: Run, target: Device, store: Store, kind: str) -> Profile:
     """Finalists of searches count among the children that the predictor is fitted to; held-out ones never do."""
-    last = last_measurements(device, timing, store)
+    device = target.name
+    last = last_measurements(device, target.timing, store)
     if not last:
         raise InputError(f"nothing measured on {device!r} in {run.path}: run `hwnas profile --device {device}`")
     used = [m for m in last if m.trusted]
@@ -229,10 +262,16 @@ def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Prof
             f"{rejected[-1].rejection}: end what else runs there, or cool it, and profile again"
         )
     archs, latency_ms = [m.arch for m in train], [m.latency_ms for m in train]
-    predictor = make_predictor(kind, run.space).fit(archs, latency_ms)
-    validated = cross_validate(
-        lambda: make_predictor(kind, run.space), archs, latency_ms, folds=5, rng=np.random.default_rng(0)
-    )
+    sources = _sources(run, target) if kind == "transfer" else {}
+    makes = {kind: partial(make_predictor, kind, run.space, list(sources.values()))}
+    if kind == "auto" and len(archs) <= _FEW and (sources := known_machines(run, target)):
+        makes["transfer"] = partial(make_predictor, "transfer", run.space, list(sources.values()))
+    validated = {
+        name: cross_validate(make, archs, latency_ms, folds=5, rng=np.random.default_rng(0))
+        for name, make in makes.items()
+    }
+    chosen = min(validated, key=lambda name: validated[name].mape_pct)
+    predictor = makes[chosen]().fit(archs, latency_ms)
     tested = None
     if test:
         mean, std = predictor.predict([m.arch for m in test])
@@ -246,12 +285,24 @@ def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Prof
         num_failed=sum(m.error is not None for m in last),
         num_rejected=len(rejected),
         num_unstable=sum(m.unstable for m in [*train, *test]),
+        choice=_told(chosen, getattr(predictor, "choice", ""), validated, list(sources)),
         others_busy=float(np.median(others)) if others else None,
         write_s=float(np.median([m.write_s for m in used])),
         run_s=float(np.median([m.run_s for m in used])),
-        cross_validation=validated,
+        cross_validation=validated[chosen],
         holdout=tested,
     )
+
+
+def _told(chosen: str, choice: str, validated: Mapping[str, PredictionReport], sources: Sequence[str]) -> str:
+    """What was taken and why; `choice` is what kind `auto` tells of its own."""
+    if not sources:
+        return choice
+    errors = ", ".join(f"{name} {report.mape_pct:.1f}%" for name, report in validated.items() if name != chosen)
+    told = (
+        f"{chosen}{f' ({choice})' if choice else ''}: mean error {validated[chosen].mape_pct:.1f}% in cross-validation"
+    )
+    return f"{told}{f', against {errors}' if errors else ''}; transfer is from {', '.join(sources)}"
 
 
 def last_measurements(device: str, timing: Timing, store: Store, role: Role | None = None) -> list[Measurement]:
@@ -260,10 +311,12 @@ def last_measurements(device: str, timing: Timing, store: Store, role: Role | No
     One that can be trusted goes before a later one that cannot.
     """
     found = store.measurements(device=device, timing=timing, role=role)
+    # As the records say, not the database's column: an older hwnas, whose `Timing` had fewer keys, hashed less.
+    protocols = [measurement.protocol for measurement in found]
     last: dict[Architecture, Measurement] = {}
-    for measurement in found:
+    for measurement, protocol in zip(found, protocols, strict=True):
         before = last.get(measurement.arch)
-        if measurement.protocol == found[-1].protocol and (measurement.trusted or before is None or not before.trusted):
+        if protocol == protocols[-1] and (measurement.trusted or before is None or not before.trusted):
             last[measurement.arch] = measurement
     return list(last.values())
 
@@ -274,13 +327,14 @@ def predict(
     """Predicted latencies of children on a device.
 
     Args:
-        device: a device with a predictor in the run.
+        device: a device with a predictor in the run, or a published model.
         archs: architectures, `smallest`, `biggest`, or files (see `read_architecture`).
         run: the run folder.
         layers: also where the milliseconds go.
 
     Returns:
-        For each child `architecture`, `architecture_text`, `predicted_ms` and `std_ms`, and perhaps `layers`: what
+        For each child `architecture`, `architecture_text`, `predicted_ms`, `std_ms`, and `source`: where the figures
+        come from if not from measurements of the device in this run. Perhaps `layers`: what
         `cost` tells of each, in order of execution, with its `ms`; they add up to `predicted_ms`.
 
     Raises:
@@ -297,6 +351,7 @@ def predict(
             "architecture_text": arch.describe(),
             "predicted_ms": float(m),
             "std_ms": float(s),
+            "source": predictor.source,
         }
         for arch, m, s in zip(children, mean, std, strict=True)
     ]

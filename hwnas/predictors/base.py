@@ -50,7 +50,10 @@ class FitStatistics:
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PredictorFile:
-    """A predictor as JSON holds it; `learned` is the kind's own, `created` an ISO 8601 time."""
+    """A predictor as JSON holds it.
+
+    `learned` is the kind's own, `created` an ISO 8601 time, `source` as the predictor has it.
+    """
 
     schema: Literal[1]
     kind: str
@@ -58,6 +61,7 @@ class PredictorFile:
     learned: dict[str, Any]
     statistics: FitStatistics
     created: str
+    source: str = ""
 
     @classmethod
     def read(cls, path: Path) -> PredictorFile:
@@ -94,6 +98,8 @@ class LatencyPredictor(ABC):
         min_samples: measurements that `fit` needs at least.
         space: the search space the predictor knows.
         statistics: of the last fit; None before.
+        source: where the predictions come from if not from measurements of the user's own device: one sentence to
+            print beside them. Empty for a predictor that was fitted.
     """
 
     kind: ClassVar[str]
@@ -102,6 +108,7 @@ class LatencyPredictor(ABC):
     def __init__(self, space: SearchSpace) -> None:
         self.space = space
         self.statistics: FitStatistics | None = None
+        self.source = ""
         self._learned: dict[str, Any] | None = None
         self._predict: Model | None = None
 
@@ -177,6 +184,7 @@ class LatencyPredictor(ABC):
         genes, latency, importance = genes[order], latency[order], importance[order]
         learned = self._learn(genes, latency, importance / importance.mean())
         left_out = learned.pop("left_out", None)
+        self.source = ""
         self._learned = json.loads(json.dumps(learned, allow_nan=False))
         self._predict = self._model(self._learned)
         mean_ms, _ = self._predict(genes)
@@ -222,6 +230,14 @@ class LatencyPredictor(ABC):
         costs = self._costs_ms(self._learned).sum(axis=1)[feature_sums(self.space).rows(layers)]
         return list(zip(layers, (costs * mean_ms / costs.sum()).tolist(), strict=True))
 
+    @property
+    def knows_layers(self) -> bool:
+        """Whether it was fitted, and knows of every layer of the space what it costs, over 0: what a transfer needs."""
+        try:
+            return self._learned is not None and bool((self._costs_ms(self._learned).sum(axis=1) > 0).all())
+        except InputError:
+            return False
+
     def to_dict(self) -> dict[str, Any]:
         """All that the predictor is, for JSON: equal for predictors that predict the same.
 
@@ -230,13 +246,14 @@ class LatencyPredictor(ABC):
         """
         if self._learned is None or self.statistics is None:
             raise self._not_fitted()
-        return {
+        content = {
             "schema": 1,
             "kind": self.kind,
             "space": self.space.to_dict(),
             "learned": self._learned,
             "statistics": asdict(self.statistics),
         }
+        return content | ({"source": self.source} if self.source else {})
 
     def save(self, path: str | Path, *, created: datetime | None = None) -> None:
         """Write the predictor as JSON, whole or not at all; `created` is now unless given.
@@ -268,7 +285,7 @@ class LatencyPredictor(ABC):
         if file.kind != cls.kind:
             raise InputError(f"{source}: holds a predictor of kind {file.kind!r}, not {cls.kind!r}")
         predictor = cls(SearchSpace.from_dict(file.space, source=f"{source}: space"))
-        predictor._learned, predictor.statistics = file.learned, file.statistics
+        predictor._learned, predictor.statistics, predictor.source = file.learned, file.statistics, file.source
         try:
             with np.errstate(all="ignore"):
                 predictor._predict = predictor._model(file.learned)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from functools import lru_cache
+from itertools import product
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +30,10 @@ FEATURE_NAMES = (
     "networks",
 )  # fmt: skip
 _INDEX = {name: index for index, name in enumerate(FEATURE_NAMES)}
+
+# Neighbouring parts of the network share a table of so many rows at most: one look-up instead of several, and with some
+# tens of sums a row it stays in the processor's cache.
+_MOST_ROWS = 2048
 
 # Vector units work on so many channels at a time: onnxruntime's convolutions on AVX-512 pad channels to 16.
 _LANES = 16
@@ -89,6 +96,11 @@ def _padded(channels: int) -> int:
     return -(-channels // _LANES) * _LANES
 
 
+# (Gene column, number of choices) of what a part of the network depends on; and the part's layers for each combination
+# of those, (num_combinations, num_layers).
+_Part: TypeAlias = tuple[list[tuple[int, int]], csr_array]
+
+
 class FeatureSums(LayerSums):
     """Features of many networks at once, from their genes: (num_archs, num_features).
 
@@ -117,10 +129,14 @@ class FeatureSums(LayerSums):
                     columns.append(index[key])
             parts.append((self._axes(segment, column), num_rows, rows, columns))
         self.layer_features = np.array([layer_features(layer) for layer in self.layers])
-        self._incidence = [
-            (axes, csr_array((np.ones(len(rows)), (rows, columns)), shape=(num_rows, len(index))))
-            for axes, num_rows, rows, columns in parts
-        ]
+        self._incidence: list[_Part] = []
+        for axes, num_rows, rows, columns in parts:
+            part = axes, csr_array((np.ones(len(rows)), (rows, columns)), shape=(num_rows, len(index)))
+            joined = _joined(self._incidence[-1], part) if self._incidence else None
+            if joined is None:
+                self._incidence.append(part)
+            else:
+                self._incidence[-1] = joined
         self._tables = self.by_layer(self.layer_features)._tables
 
     @staticmethod
@@ -154,6 +170,24 @@ class FeatureSums(LayerSums):
         With shape (num_features, num_outputs) so many sums at once, (num_archs, num_outputs).
         """
         return self.by_layer(self.layer_features @ coefficients.reshape(len(FEATURE_NAMES), -1))
+
+
+def _joined(first: _Part, second: _Part) -> _Part | None:
+    """The sum of two parts by all that either depends on; None where that table were too long."""
+    axes = list(dict.fromkeys([*first[0], *second[0]]))
+    num_rows = math.prod(size for _, size in axes)
+    if num_rows > _MOST_ROWS:
+        return None
+    combinations = np.array(list(product(*(range(size) for _, size in axes)))).reshape(num_rows, len(axes))
+    choices = dict(zip(axes, combinations.T, strict=True))
+
+    def rows(part: _Part) -> NDArray[np.int64]:
+        row = np.zeros(num_rows, dtype=np.int64)
+        for axis in part[0]:
+            row = row * axis[1] + choices[axis]
+        return row
+
+    return axes, first[1][rows(first)] + second[1][rows(second)]
 
 
 def layer_shape(layer: Layer) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from hwnas.predictors.base import FloatArray
 from hwnas.predictors.features import by_name, feature_sums, from_names
-from hwnas.predictors.prior import PriorPredictor, fit_prior, relative_std
+from hwnas.predictors.prior import NUM_TUNED, PriorPredictor, fit_prior, relative_std
 from hwnas.space import Genes
 
 # How firmly a layer's cost is held to the prior's; leave-one-out errors pick.
@@ -41,7 +41,7 @@ class LookupPredictor(PriorPredictor):
             "genes": genes.tolist(),
             "latency_ms": latency_ms.tolist(),
             "duals": duals.tolist(),
-            "relative_std": relative_std(errors),
+            "relative_std": relative_std(errors, NUM_TUNED + 1),
             "left_out": errors,
         }
 

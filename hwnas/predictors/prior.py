@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from scipy.special import stdtrit
 
 from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
 from hwnas.predictors.features import FEATURE_NAMES, by_name, feature_sums, from_names
@@ -42,6 +43,7 @@ DEFAULT_MACHINES = tuple(
 )
 # Strength of the pull to the default rates; cross-validation picks.
 _RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+NUM_TUNED = 2  # known machine and ridge
 # A feature that explains nothing on the default machine may still cost this share of the latency.
 _SLACK = 0.05
 # Degrees of freedom of the Student-t distribution of errors: measurements far off count little.
@@ -119,19 +121,33 @@ def _solve(
     return coefficients
 
 
-def relative_std(log_errors: FloatArray) -> float:
-    """The relative standard deviation with which 90% of cross-validated errors lie within `Z_90` of them.
+def relative_std(log_errors: FloatArray, num_tuned: int) -> float:
+    """The relative standard deviation of a predictor with these cross-validated errors; see `honest_factor`."""
+    return honest_factor(np.abs(np.expm1(log_errors)), num_tuned)
 
-    The quantile is the one of conformal prediction (Vovk, Gammerman and Shafer 2005): rank ceil(0.9 (n + 1)),
-    at most n.
+
+def honest_factor(scores: FloatArray, num_tuned: int) -> float:
+    """What standard deviations of 1 must be multiplied with so that 90% of new errors lie within `Z_90` of them.
+
+    From 9 scores on the quantile is the one of conformal prediction, rank ceil(0.9 (n + 1)) of n (Vovk, Gammerman and
+    Shafer 2005). Fewer hold no such rank: the largest of n covers n / (n + 1) only. There it is Student's: a new normal
+    error over the root mean square of n others is t-distributed with n degrees of freedom.
+
+    The scores come from the measurements that picked the hyperparameters, so they are a little small: Akaike's final
+    prediction error (Fitting autoregressive models for prediction, 1969) has the variance of a new error
+    1 + num_tuned / n times as great.
+
+    Args:
+        scores: errors left out over their standard deviations, absolute, (num,).
+        num_tuned: hyperparameters that the same measurements picked.
     """
-    return conformal_90(np.abs(np.expm1(log_errors))) / Z_90
-
-
-def conformal_90(scores: FloatArray) -> float:
-    """The value that a new score stays under with probability 0.9, (num,) -> number; see `relative_std`."""
-    rank = min(int(np.ceil(0.9 * (len(scores) + 1))), len(scores))
-    return float(np.sort(scores)[rank - 1])
+    num = len(scores)
+    rank = int(np.ceil(0.9 * (num + 1)))
+    if rank <= num:
+        width = float(np.sort(scores)[rank - 1])
+    else:
+        width = float(stdtrit(num, 0.95) * np.sqrt(np.mean(scores**2)))
+    return width / Z_90 * float(np.sqrt(1 + num_tuned / num))
 
 
 class PriorPredictor(LatencyPredictor):
@@ -143,7 +159,7 @@ class PriorPredictor(LatencyPredictor):
         fit = fit_prior(feature_sums(self.space)(genes), latency_ms, weights)
         return {
             "coefficients_ms": by_name(fit.coefficients),
-            "relative_std": relative_std(fit.log_errors),
+            "relative_std": relative_std(fit.log_errors, NUM_TUNED),
             "left_out": fit.log_errors,
         }
 
@@ -186,6 +202,6 @@ class MacsPredictor(PriorPredictor):
         everything = np.ones(len(costs), dtype=bool)
         return {
             "coefficients_ms": by_name(columns @ solve(everything)),
-            "relative_std": relative_std(errors),
+            "relative_std": relative_std(errors, num_tuned=0),
             "left_out": errors,
         }

@@ -15,8 +15,7 @@ from scipy.sparse import csr_array
 from hwnas.layers import Layer
 from hwnas.predictors.base import FloatArray, Model
 from hwnas.predictors.features import FEATURE_NAMES, FeatureSums, by_name, from_names, layer_shape
-from hwnas.predictors.metrics import Z_90
-from hwnas.predictors.prior import conformal_90
+from hwnas.predictors.prior import honest_factor
 from hwnas.space import Genes
 
 # How much faster or slower a machine is than a known one, as the standard deviation of a logarithm: anything.
@@ -41,7 +40,7 @@ _FREEDOM = 3
 _LIKENESS = 3.0
 # Ways in which networks differ that predictions know the covariance of exactly.
 _DIRECTIONS = 32
-_CHUNK = 4096
+_CHUNK = 1024  # architectures predicted at a time: what is worked out of them stays in the processor's cache
 # Features whose rates move together, by what they have in common.
 _KINDS = [next((end for end in ("_moved", "_elements", "_macs") if name.endswith(end)), "") for name in FEATURE_NAMES]
 _LAUNCHES = [not kind and name != "weights" for kind, name in zip(_KINDS, FEATURE_NAMES, strict=True)]
@@ -149,9 +148,8 @@ class LayerProcess:
 
     def _network_functions(self, raw: FloatArray) -> FloatArray:
         """Functions whose products are the correlations of networks, (num_archs, num_functions); equation 8.13."""
-        lower = cholesky(_matern(_GRID, _GRID), lower=True)
         points = (raw - self._centre) / self._spread
-        return np.asarray(solve_triangular(lower, _matern(_GRID, points), lower=True).T)
+        return np.asarray(_matern(points, _GRID) @ _whitening())
 
     def covariance(self, found: Hyperparameters, noise: FloatArray) -> FloatArray:
         """Of the measurements, (num_archs, num_archs); `noise` is each one's noise variance relative to the usual."""
@@ -246,12 +244,12 @@ class LayerProcess:
         network_var = found.network_std**2
         weights = network_var * self._by_network.T @ alpha
         seen = network_var * solve_triangular(lower, self._by_network, lower=True)
-        network_left = network_var * np.eye(len(_GRID)) - seen.T @ seen
+        told = seen.T @ seen
         shared = -2 * explained.T @ seen
         table = sums.by_layer(
             np.column_stack([self._layer_ms, self._launch_ms, correction, rest, mean * rest, directions, shared])
         )
-        num_directions = 5 + directions.shape[1]
+        num_directions = directions.shape[1]
         of_mean = mean**2 @ rest
 
         def predict_chunk(genes: Genes) -> tuple[FloatArray, FloatArray]:
@@ -259,10 +257,11 @@ class LayerProcess:
             base_ms, launch_ms, corrections, rests, mean_rests = found_sums[:, :5].T
             functions = self._network_functions(self._network(base_ms, launch_ms))
             mean_ms = base_ms * np.exp(corrections / base_ms + functions @ weights)
-            of_layers = (found_sums[:, 5:num_directions] ** 2).sum(axis=1) / base_ms**2
+            known, with_network = np.split(found_sums[:, 5:], [num_directions], axis=1)
+            of_layers = _row_products(known, known) / base_ms**2
             of_layers += np.maximum(rests / base_ms**2 - 2 * mean_rests / base_ms + of_mean, 0)
-            of_network = network_var + ((functions @ network_left - network_var * functions) * functions).sum(axis=1)
-            of_both = (found_sums[:, num_directions:] * functions).sum(axis=1) / base_ms
+            of_network = network_var - _row_products(functions @ told, functions)
+            of_both = _row_products(with_network, functions) / base_ms
             variance = np.maximum(of_layers + of_network + of_both, 0) + found.noise_std**2
             return mean_ms, np.sqrt(variance)
 
@@ -276,11 +275,27 @@ class LayerProcess:
         return predict
 
 
+def _row_products(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Inner products of rows, (num_rows,)."""
+    return np.asarray(np.einsum("ij,ij->i", a, b))
+
+
 def _matern(a: FloatArray, b: FloatArray) -> FloatArray:
     """The Matern correlation with nu = 5/2 and length 1 between points, (num_a, num_b); equation 4.17."""
-    squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
-    scaled = np.sqrt(5 * np.maximum(squares, 0))
-    return np.asarray((1 + scaled + scaled**2 / 3) * np.exp(-scaled))
+    scaled = np.maximum(5 * ((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T), 0)
+    np.sqrt(scaled, out=scaled)
+    correlation = scaled / 3
+    correlation += 1
+    correlation *= scaled
+    correlation += 1
+    correlation *= np.exp(np.negative(scaled, out=scaled), out=scaled)
+    return np.asarray(correlation)
+
+
+@lru_cache(maxsize=1)
+def _whitening() -> FloatArray:
+    """What makes independent functions of the correlations with the grid, (num_functions, num_functions)."""
+    return np.asarray(solve_triangular(cholesky(_matern(_GRID, _GRID), lower=True), np.eye(len(_GRID)), lower=True).T)
 
 
 @lru_cache(maxsize=8)
@@ -336,8 +351,7 @@ def fit_layers(
     Returns:
         A JSON object for `process_model` and `process_costs_ms`: the measurements, and for each machine that is worth
         keeping its index, scale, rates where the model is linear, hyperparameters, noise variances relative to the
-        usual, and probability; `std_factor`, with which standard deviations are multiplied so that 90% of the errors
-        left out lie within `Z_90` of them, and a little more for the hyperparameters, which have seen them all. And
+        usual, and probability; `std_factor`, with which standard deviations are multiplied (see `honest_factor`). And
         `left_out` (see `LatencyPredictor._learn`).
     """
     counts = sums.counts(genes)
@@ -378,10 +392,9 @@ def fit_layers(
                 "noise": state.noise.tolist(),
             }
         )
-    factor = conformal_90(np.abs(errors) / np.sqrt(variances)) / Z_90 * np.sqrt(1 + len(_MEDIANS) / len(errors))
     return {
         "members": members,
-        "std_factor": float(factor),
+        "std_factor": honest_factor(np.abs(errors) / np.sqrt(variances), num_tuned=len(_MEDIANS)),
         "genes": genes.tolist(),
         "latency_ms": latency_ms.tolist(),
         "left_out": errors,

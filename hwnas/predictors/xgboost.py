@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hwnas.predictors.base import FloatArray, Model
 from hwnas.predictors.features import FEATURE_NAMES, by_name, feature_sums, from_names
 from hwnas.predictors.metrics import fold_masks
-from hwnas.predictors.prior import PriorPredictor, fit_prior, relative_std
+from hwnas.predictors.prior import NUM_TUNED, PriorPredictor, fit_prior, relative_std
 from hwnas.space import Genes
 
 _PARAMETERS = {
@@ -65,7 +65,7 @@ class XgboostPredictor(PriorPredictor):
         return {
             "coefficients_ms": by_name(fit.coefficients),
             "trees": trees,
-            "relative_std": relative_std(errors[best]),
+            "relative_std": relative_std(errors[best], NUM_TUNED + 1),
             "left_out": errors[best],
         }
 
