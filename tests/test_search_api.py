@@ -118,7 +118,7 @@ def test_an_answer_for_each_device_and_the_fewest_for_all(run):
     assert away.devices["away"].error_pct > 0
     assert "away.invalid" in away.devices["away"].reason
     (text,) = [text for text in told if text.startswith("away: latencies are predicted, not measured")]
-    assert re.search(r"typical error \d+\.\d%.*hwnas devices check away", text)
+    assert re.search(r"typical error \d+\.\d%.*away\.invalid.*hwnas devices check away", text)
 
 
 def test_one_child_together(run):
@@ -128,6 +128,17 @@ def test_one_child_together(run):
     assert not result.measured
     assert result.devices["quick"].measured
     assert (run / "results" / "quick-50ms+away-40ms.json").is_file()
+
+
+def test_a_device_with_published_measurements_only(run):
+    """No phone, no profile: an answer, and where its latencies come from."""
+    told: list[str] = []
+    result = hwnas.search(hwnas.LatencyLimit("pixel", 5), run, evaluations=3, baseline=False, notice=told.append)
+    assert result.best.latency["pixel"].measured is None
+    assert result.best.latency["pixel"].std > 0
+    assert result.devices["pixel"].source.startswith("estimated from published measurements of ")
+    (text,) = [text for text in told if text.startswith("pixel: latencies are estimated from published measurements")]
+    assert re.search(r"typical error \d+%: run `hwnas profile --device pixel`", text)
 
 
 def test_a_device_by_its_file(run):

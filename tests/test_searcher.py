@@ -10,7 +10,7 @@ from hwnas.devices.base import DeviceGoneError, RunTimes, Timing
 from hwnas.errors import DeviceError, InputError, LimitError
 from hwnas.layers import lower, total_macs
 from hwnas.measurement import Measurement
-from hwnas.predictors import make_predictor
+from hwnas.predictors import load_predictor, make_predictor
 from hwnas.searching.costs import REPEATABILITY
 from hwnas.searching.fronts import front_slope, pareto, running_hypervolume
 from hwnas.searching.limits import LatencyLimit, MacsLimit, ParamsLimit
@@ -335,6 +335,31 @@ def test_a_device_on_which_children_fail_is_an_error(world):
 
     with pytest.raises(DeviceError, match="3 children in a row"):
         world.searcher(LIMIT, targets=[world.target("fake", measure=fails)]).run(5)
+
+
+def test_a_published_predictor_is_adapted_to_what_is_measured(world):
+    """Not fitted anew: a handful of finalists says little about all other children."""
+    published = make_predictor("prior", SPACE).fit(world.archs, [1.2 * latency(arch) for arch in world.archs])
+    published.source = "estimated from published measurements"
+    target = Target("fake", published, measure=lambda archs: [measurement(arch) for arch in archs])
+    result = world.searcher(LIMIT, targets=[target]).run(20, baseline=False)
+    assert result.best.latency["fake"].measured == pytest.approx(latency(result.best.architecture))
+    assert result.devices["fake"].source == "estimated from published measurements"
+    mean, _ = target.predictor.predict(world.archs)
+    assert np.abs(mean / [latency(arch) for arch in world.archs] - 1).mean() < 0.1
+
+
+def test_a_loaded_transfer_predictor_can_be_fitted_to_more(world, tmp_path):
+    source = make_predictor("prior", SPACE).fit(world.archs, [latency(arch, "other") for arch in world.archs])
+    fitted = make_predictor("transfer", SPACE, [source]).fit(world.archs[:10], [latency(a) for a in world.archs[:10]])
+    fitted.save(tmp_path / "predictor.json")
+    target = Target(
+        "fake",
+        load_predictor(tmp_path / "predictor.json"),
+        measure=lambda archs: [measurement(arch) for arch in archs],
+        measurements=[measurement(arch) for arch in world.archs[:10]],
+    )
+    assert world.searcher(LIMIT, targets=[target]).run(10, baseline=False).measured
 
 
 # ---------------------------------------------------------------- the whole front

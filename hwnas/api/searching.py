@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwnas import __version__
 from hwnas.api.catalogue import open_device
+from hwnas.api.costs import energy_path, energy_predictor
 from hwnas.api.evaluating import open_evaluator
 from hwnas.api.profiling import last_measurements
 from hwnas.devices import Device, device_name
@@ -24,7 +25,6 @@ from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.measurement import Measurement
 from hwnas.measuring.measure import measure
-from hwnas.predictors import load_predictor
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.run import Run
 from hwnas.space import Architecture
@@ -250,7 +250,7 @@ class _Session:
         write_text(self.run.result_path(name), json.dumps(found.to_dict(), indent=2) + "\n")
         return found
 
-    def _target(self, given: str, energy: bool) -> Target:
+    def _target(self, given: str, wants_energy: bool) -> Target:
         from hwnas.searching.targets import Target
 
         name = device_name(given)
@@ -263,13 +263,13 @@ class _Session:
             with self._store.claimed(f"measure on {name}"):  # what another worker measures now is not measured again
                 return measure(archs, self.run.space, device, device.timing, self._store, role="finalist")
 
-        energy_path = self.run.predictor_path(f"{name}.energy")
+        knows_energy = wants_energy or energy_path(self.run, name).is_file()
         return Target(
             name,
             predictor,
             measure=None if reason else bench,
             measurements=last_measurements(name, device.timing, self._store, "fit"),
-            energy=load_predictor(energy_path) if energy and energy_path.is_file() else None,
+            energy=energy_predictor(self.run, name) if knows_energy else None,
             reason=reason,
             runtime=f"{device.runtime}, {device.precision}",
             versions=versions,
@@ -304,10 +304,11 @@ def _check(limits: Sequence[Limit], front: str | None) -> None:
 
 def _predicted(device: str, source: Source) -> str:
     """What to know of an answer that was not measured."""
-    how = source.source or f"predicted from what was measured there before, typical error {source.error_pct:.1f}%"
+    if source.source:
+        return f"{device}: latencies are {source.source} (it cannot be used now: {source.reason})"
     return (
-        f"{device}: latencies are predicted, not measured: {how}; the device cannot be used ({source.reason}): "
-        f"make it reachable, see `hwnas devices check {device}`, and search again"
+        f"{device}: latencies are predicted, not measured, from what was measured there before: typical error "
+        f"{source.error_pct:.1f}%; it cannot be used now ({source.reason}): see `hwnas devices check {device}`"
     )
 
 

@@ -48,6 +48,8 @@ class TransferPredictor(LatencyPredictor):
         return self._machines(self._sources)
 
     def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
+        if self._learned is not None:  # loaded, and fitted to more
+            self._sources = self._learned["sources"]
         if not self._sources:
             raise InputError("a transfer needs fitted predictors of other devices: give it sources")
         fit = fit_layers(feature_sums(self.space), self._known, genes, latency_ms, weights)

@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from hwnas.devices.base import DeviceGoneError
-from hwnas.errors import InputError
 from hwnas.measurement import Measurement
-from hwnas.predictors import LatencyPredictor
+from hwnas.predictors import LatencyPredictor, make_predictor
 from hwnas.progress import Notice, unheard
 from hwnas.searching.costs import DeviceCost
 from hwnas.searching.result import Estimate, Source
@@ -25,7 +24,7 @@ class Target:
 
     Args:
         name: the device's.
-        predictor: of its latencies; fitted anew, in place, to what is measured.
+        predictor: of its latencies; fitted anew, in place, to what is measured; a published one is adapted to it.
         measure: puts children on the device; None where it cannot be reached, for that `reason`.
         measurements: what was measured there so far.
         energy: predictor of the energy of an inference, mJ; None where the device does not tell its power.
@@ -51,30 +50,23 @@ class Target:
         self.measured = {m.arch: m for m in measurements if m.trusted}
         self.failed: set[Architecture] = set()  # could not be measured, so they are not delivered
         self._measure, self._notice = measure, notice
+        self._published = predictor if predictor.source else None
         # As long as nothing is refitted: the error is that of the predictions that the search went by.
         self._source = Source(
             measured=False,
             error_pct=typical_error_pct(predictor),
-            source=getattr(predictor, "source", ""),
+            source=predictor.source,
             reason=reason,
             runtime=runtime,
             versions=dict(versions or {}),
         )
 
     def cost(self, kind: str, *, measured: bool = True) -> DeviceCost:
-        """What children cost here: `latency` or `energy`, by predictions alone or with what was measured.
-
-        Raises:
-            InputError: the device has no predictor of its energy.
-        """
+        """What children cost here: `latency` or `energy`, by predictions alone or with what was measured."""
         values = self._values(kind) if measured else {}
         if kind == "latency":
             return DeviceCost(self.predictor, values, "ms")
-        if self.energy is None:
-            raise InputError(
-                f"no energy predictor for {self.name!r}: profile it where it tells its power, "
-                f"`hwnas profile --device {self.name}`; or leave out the energy limit"
-            )
+        assert self.energy is not None, f"{self.name} has an energy limit, but no predictor of it"
         return DeviceCost(self.energy, values, "mJ")
 
     def estimate(self, kind: str, arch: Architecture) -> Estimate:
@@ -123,8 +115,13 @@ class Target:
 
     def _refit(self) -> None:
         archs = list(self.measured)
-        if len(archs) >= self.predictor.min_samples:
-            self.predictor.fit(archs, [self.measured[arch].latency_ms for arch in archs])
+        if len(archs) < self.predictor.min_samples:
+            return
+        if self._published is not None:  # fitted anew, it would forget all but these few: it is adapted to them
+            if not self._published.knows_layers:
+                return
+            self.predictor = make_predictor("transfer", self._published.space, [self._published])
+        self.predictor.fit(archs, [self.measured[arch].latency_ms for arch in archs])
 
     def _values(self, kind: str) -> Mapping[bytes, float]:
         name = {"latency": "latency_ms", "energy": "energy_mj"}[kind]
