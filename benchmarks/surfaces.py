@@ -97,7 +97,8 @@ def settings(space: SearchSpace) -> Callable[[Genes], Floats]:
     def of(genes: Genes) -> Floats:
         relative = genes / scale
         columns = [
-            np.where(genes[:, group] >= 0, relative[:, group], 0).sum(axis=1) / np.maximum((genes[:, group] >= 0).sum(axis=1), 1)
+            np.where(genes[:, group] >= 0, relative[:, group], 0).sum(axis=1)
+            / np.maximum((genes[:, group] >= 0).sum(axis=1), 1)
             for group in groups.values()
         ]
         return np.stack(columns, axis=1)

@@ -67,7 +67,7 @@ class Features:
         found = np.zeros((len(genes), int(self._starts[-1])))
         for index in self._varied:
             found[np.arange(len(genes)), self._starts[index] + genes[:, index] + 1] = 1
-        return found / np.sqrt(len(self._varied))
+        return np.asarray(found / np.sqrt(len(self._varied)))
 
 
 class AccuracyModel:
@@ -183,4 +183,4 @@ class Posterior:
 
 def _squares(a: FloatArray, b: FloatArray) -> FloatArray:
     """Squared distances between points, (num_a, num_b)."""
-    return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0)
+    return np.asarray(np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0))

@@ -86,18 +86,24 @@ class Strategy(ABC):
             count: at most so many.
         """
         seen = {row.tobytes() for row in known}
-        found: list[Genes] = []
-        if count < 1:
-            return []
-        for batch in batches:
-            for row in batch[self.feasible(batch)]:
-                if row.tobytes() not in seen:
-                    seen.add(row.tobytes())
-                    found.append(row)
-                if len(found) == count:
-                    return [self.space.decode(genes) for genes in found]
-        return [self.space.decode(genes) for genes in found]
+        found: list[Architecture] = []
+        for batch in batches if count > 0 else ():
+            new = unseen(batch[self.feasible(batch)], seen)[: count - len(found)]
+            found += [self.space.decode(row) for row in new]
+            if len(found) == count:
+                break
+        return found
 
     def random(self, rng: np.random.Generator, rounds: int = 50) -> Iterator[Genes]:
         """Feasible children drawn at random, for `fill`; ends, as a small space holds no more new ones."""
         return islice(self.sampler.draws(rng), rounds)
+
+
+def unseen(genes: Genes, seen: set[bytes]) -> Genes:
+    """Those of some children, (any number, num_genes), that were not seen before, each once; they are seen then."""
+    new = []
+    for row in genes:
+        key = row.tobytes()
+        new.append(key not in seen)
+        seen.add(key)
+    return np.asarray(genes[np.array(new, dtype=bool)])

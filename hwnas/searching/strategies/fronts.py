@@ -39,10 +39,22 @@ def _gaps(accuracies: FloatArray, sizes: FloatArray) -> FloatArray:
     return gaps
 
 
-def hypervolume(accuracies: FloatArray, sizes: FloatArray, greatest_size: float = 1.0) -> float:
-    """The area that children dominate, from accuracy 0 and `greatest_size`; children beyond that count nothing."""
-    inside = sizes < greatest_size
-    order = np.argsort(sizes[inside], kind="stable")
-    best = np.maximum.accumulate(accuracies[inside][order])
-    widths = np.diff(np.append(sizes[inside][order], greatest_size))
-    return float(best @ widths)
+def hypervolume(accuracies: FloatArray, sizes: FloatArray) -> float:
+    """The area that children dominate, (num_archs,) each, up to size 1 and down to accuracy 0."""
+    edges, best = _steps(accuracies, sizes)
+    return float(best @ np.diff(edges))
+
+
+def gains(accuracies: FloatArray, sizes: FloatArray, others: FloatArray, other_sizes: FloatArray) -> FloatArray:
+    """What each child would add to the hypervolume of the others, (num_archs,)."""
+    edges, best = _steps(others, other_sizes)
+    widths = np.maximum(edges[1:] - np.maximum(edges[:-1], sizes[:, None]), 0)
+    return np.asarray((np.maximum(accuracies[:, None] - best, 0) * widths).sum(axis=1))
+
+
+def _steps(accuracies: FloatArray, sizes: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Edges of sizes from 0 to 1, (num_steps + 1,), and the best accuracy a child within them has, (num_steps,)."""
+    order = np.argsort(sizes, kind="stable")
+    order = order[sizes[order] < 1]
+    best = np.maximum.accumulate(np.concatenate([[0.0], accuracies[order]]))
+    return np.concatenate([[0.0], sizes[order], [1.0]]), best

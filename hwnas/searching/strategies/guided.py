@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwnas.searching.strategies.accuracy_model import AccuracyModel, Features, Posterior
-from hwnas.searching.strategies.base import Scored, Strategy
+from hwnas.searching.strategies.base import Scored, Strategy, unseen
 from hwnas.searching.strategies.coarse_to_fine import skeletons
-from hwnas.searching.strategies.fronts import by_rank
+from hwnas.searching.strategies.fronts import by_rank, gains
 from hwnas.space import Architecture, FloatArray, Genes
 
 FIRST = 16  # evaluated before there is a model
@@ -52,8 +53,8 @@ class Guided(Strategy):
 
     @cached_property
     def _features(self) -> Features:
-        sample = next(self.random(np.random.default_rng(self.seed)), self._first)
-        return Features(self.space, self.size, sample[:2000])
+        drawn = islice(self.random(np.random.default_rng(self.seed)), 4)
+        return Features(self.space, self.size, np.concatenate([self._first, *drawn])[:2000])
 
     def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
         """See `Strategy`."""
@@ -71,27 +72,27 @@ class Guided(Strategy):
         self, model: AccuracyModel, genes: Genes, accuracies: FloatArray, boldness: float, rng: np.random.Generator
     ) -> Genes:
         """New feasible children that the model thinks best, (at most `POPULATION`, num_genes)."""
-        known = {row.tobytes() for row in genes}
-        start = genes[self.feasible(genes)]
-        start = start[by_rank(accuracies[self.feasible(genes)], None)[:PARENTS]]
-        drawn = next(self.random(rng), start)
-        pool = np.unique(np.concatenate([start, self._skeletons, drawn[:POPULATION]]), axis=0)
+        keep = self.feasible(genes)
+        best = genes[keep][np.argsort(-accuracies[keep], kind="stable")[:PARENTS]]
+        drawn = next(self.random(rng), best)
+        seen: set[bytes] = set()
+        pool = unseen(np.concatenate([best, self._skeletons, drawn[:POPULATION]]), seen)
         scores = self._scores(model, pool, boldness)
         for _ in range(GENERATIONS):
-            ranks = by_rank(scores, self.size(pool) if self.front else None)[:PARENTS]
-            parents = pool[ranks]
+            parents = pool[self._ranks(scores, pool)[:PARENTS]]
             a, b = parents[rng.integers(len(parents), size=(2, POPULATION))]
-            rates = rng.choice(RATES, size=(POPULATION, 1))
             a[::2] = self.space.crossover_genes(a[::2], b[::2], rng)
-            children = np.unique(self.space.mutate_genes(a, rng, rates), axis=0)
-            children = children[self.feasible(children)]
-            seen = {row.tobytes() for row in pool}
-            children = children[[row.tobytes() not in seen for row in children]]
+            children = self.space.mutate_genes(a, rng, rng.choice(RATES, size=(POPULATION, 1)))
+            children = unseen(children[self.feasible(children)], seen)
             pool = np.concatenate([pool, children])
             scores = np.concatenate([scores, self._scores(model, children, boldness)])
+        known = {row.tobytes() for row in genes}
         new = np.array([row.tobytes() not in known for row in pool], dtype=bool)
         pool, scores = pool[new], scores[new]
-        return pool[by_rank(scores, self.size(pool) if self.front else None)[:POPULATION]]
+        return np.asarray(pool[self._ranks(scores, pool)[:POPULATION]])
+
+    def _ranks(self, scores: FloatArray, genes: Genes) -> NDArray[np.intp]:
+        return by_rank(scores, self.size(genes) if self.front else None)
 
     @staticmethod
     def _scores(model: AccuracyModel, genes: Genes, boldness: float) -> FloatArray:
@@ -107,10 +108,18 @@ class Guided(Strategy):
         boldness: float,
         count: int,
     ) -> list[int]:
-        """Which candidates to evaluate, best first."""
+        """Which candidates to evaluate, the surest first."""
         chosen: list[int] = []
+        sizes, known_sizes = self.size(candidates), self.size(genes)
         for number in range(min(count, len(candidates))):
             scores = posterior.mean + boldness * number / max(1, count - 1) * posterior.std
+            if self.front:
+                scores = gains(
+                    scores,
+                    sizes,
+                    np.concatenate([accuracies, posterior.mean[chosen]]),
+                    np.concatenate([known_sizes, sizes[chosen]]),
+                )
             scores[chosen] = -np.inf
             chosen.append(int(np.argmax(scores)))
             posterior.observe(chosen[-1])

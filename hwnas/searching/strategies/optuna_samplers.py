@@ -38,7 +38,7 @@ class OptunaStrategy(Strategy):
         """Random children before the sampler is asked."""
 
     @abstractmethod
-    def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+    def optuna_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         """The sampler."""
 
     def attributes(self, index: int) -> dict[str, Any]:
@@ -49,9 +49,11 @@ class OptunaStrategy(Strategy):
     def _study(self) -> optuna.Study:
         import optuna
 
-        directions = ["maximize", "minimize"] if self.front else ["maximize"]
+        accuracy, size = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        return optuna.create_study(directions=directions, storage=optuna.storages.InMemoryStorage())
+        return optuna.create_study(
+            directions=[accuracy, size] if self.front else [accuracy], storage=optuna.storages.InMemoryStorage()
+        )
 
     @cached_property
     def _distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -68,7 +70,7 @@ class OptunaStrategy(Strategy):
         self._record(known, accuracies)
         if len(history) < self.startup:
             return self.fill(self.random(rng), known, count)
-        self._study.sampler = self.sampler(int(rng.integers(2**31)))
+        self._study.sampler = self.optuna_sampler(int(rng.integers(2**31)))
         asked, found = [], np.empty((0, len(self.space.genes)), dtype=np.int8)
         for _ in range(TRIES * count):
             trial = self._study.ask(self._distributions)
@@ -116,7 +118,7 @@ class Nsga2(OptunaStrategy):
         """The population: 50 as Optuna's default, less for a small budget."""
         return min(50, max(10, self.budget // 5))
 
-    def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+    def optuna_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         """See `OptunaStrategy`."""
         from optuna.samplers import NSGAIISampler
 
@@ -141,7 +143,7 @@ class Tpe(OptunaStrategy):
         """Optuna's default."""
         return 10
 
-    def sampler(self, seed: int) -> optuna.samplers.BaseSampler:
+    def optuna_sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         """See `OptunaStrategy`."""
         from optuna.samplers import TPESampler
 

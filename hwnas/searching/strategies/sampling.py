@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hwnas.space import FloatArray, Genes, SearchSpace
 
-DRAWS = 4096
+DRAWS = 1024
 ENOUGH = 1 / 64  # share of uniform draws that has to be feasible, or else walks find them
 WALKS = 256
 SWEEPS = 2  # over all genes, between draws of a walk
@@ -42,7 +42,7 @@ class FeasibleSampler:
     @cached_property
     def share(self) -> float:
         """Of uniform draws that are feasible, estimated from some."""
-        return float(self._feasible(self.space.sample_genes(DRAWS, np.random.default_rng(0))).mean())
+        return float(self._feasible(self.space.sample_genes(4 * DRAWS, np.random.default_rng(0))).mean())
 
     def draws(self, rng: np.random.Generator) -> Iterator[Genes]:
         """Batches of feasible children, (any number, num_genes), without end; of the walks, none if they find none."""
