@@ -101,8 +101,8 @@ def main() -> None:
     count = parser.parse_args().seeds
     further = math.ceil(FURTHER * EVALUATIONS)
     how = (
-        f"{count} surfaces on {SPACE} for each order; strategy guided; the first device, {DEVICES[0]}, has {EVALUATIONS} "
-        "evaluations. Points of accuracy of the answer against those of a whole search for that device alone, without "
+        f"{count} surfaces on {SPACE} for each order; strategy guided; the first device, {DEVICES[0]}, has "
+        f"{EVALUATIONS} evaluations. Points of accuracy of the answer against those of a whole search for that device alone, without "
         "the surface's noise: mean ± standard error."
     )
     lines = heading("What a further device costs", how)
