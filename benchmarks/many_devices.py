@@ -102,8 +102,8 @@ def main() -> None:
     further = math.ceil(FURTHER * EVALUATIONS)
     how = (
         f"{count} surfaces on {SPACE} for each order; strategy guided; the first device, {DEVICES[0]}, has "
-        f"{EVALUATIONS} evaluations. Points of accuracy of the answer against those of a whole search for that device alone, without "
-        "the surface's noise: mean ± standard error."
+        f"{EVALUATIONS} evaluations. Points of accuracy of the answer against those of a whole search for that device "
+        "alone, without the surface's noise: mean ± standard error."
     )
     lines = heading("What a further device costs", how)
     for name, shares in SHARES.items():

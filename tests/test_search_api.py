@@ -15,7 +15,7 @@ import yaml
 import hwnas
 from hwnas.api import result_name
 from hwnas.cli import main
-from hwnas.errors import InputError
+from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs
 from hwnas.run import Run
 
@@ -119,6 +119,13 @@ def test_an_answer_for_each_device_and_the_fewest_for_all(run):
     assert "away.invalid" in away.devices["away"].reason
     (text,) = [text for text in told if text.startswith("away: latencies are predicted, not measured")]
     assert re.search(r"typical error \d+\.\d%.*away\.invalid.*hwnas devices check away", text)
+
+
+def test_one_limit_that_cannot_be_kept_ends_all_before_they_begin(run):
+    questions = [hwnas.LatencyLimit("quick", 50), hwnas.LatencyLimit("away", 1e-6)]
+    with pytest.raises(LimitError, match=r"1e-06 ms on away with 95% confidence: the least possible is 0\.0"):
+        hwnas.search_all(questions, run, evaluations=5)
+    assert num_evaluated(run) == 0
 
 
 def test_one_child_together(run):

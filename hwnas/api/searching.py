@@ -173,6 +173,8 @@ def search_all(
             name: session.searcher(limits, axis, study and f"{study}, {name}")
             for name, limits, axis in zip(names, asked, axes, strict=True)
         }
+        for searcher in searchers.values():
+            searcher.explored.check()  # before the first evaluation is spent
         results = {}
         budgets = [evaluations] + [math.ceil(FURTHER * evaluations)] * (len(names) - 1)
         for number, (name, searcher) in enumerate(searchers.items()):
