@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import click
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import hwnas
 import hwnas.api
 from hwnas.api.costs import energy_path, energy_predictor, fit_energy
-from hwnas.cli import limit_options, main
+from hwnas.cli import cli, limit_options, main
 from hwnas.devices.base import RunTimes, Timing
 from hwnas.devices.tool_device import ToolDevice
 from hwnas.devices.tools import trtexec
@@ -268,3 +269,15 @@ def test_limits_pair_with_devices_in_order():
         LatencyLimit("a", 3), EnergyLimit("a", 1), LatencyLimit("b", 3), EnergyLimit("b", 2), MacsLimit(1e9)
     )  # fmt: skip
     assert found == [(("a", "b"), limits)]
+
+
+def test_the_commands_of_the_guide(capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "costs.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```\n(.*?)```", guide, flags=re.DOTALL)
+    for line in block.splitlines():
+        code, out, err = command(capsys, *line.split()[1:])
+        assert (code, err) == (0, "")
+        assert "MB" in out
+    told = set(re.findall(r"`(?:--device D )?(--[\w-]+) [\d.]+[MG]?` \|", guide))
+    names = {option.opts[0] for option in cli.commands["space"].params}
+    assert told == {name for name in names if name.startswith(("--max-", "--latency", "--energy"))}
