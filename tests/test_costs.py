@@ -196,8 +196,10 @@ def test_the_share_that_keeps_limits(run):
     told = hwnas.api.space_report(run=run.path, limits=limits, confidence=0.9, samples=5000)
     both = ((ms <= limits[0].value) & (macs <= limits[1].value)).mean()
     for share, true in zip([*told["limits"], told["all"]], [0.3, 0.2, both], strict=True):
-        assert share["low"] < true < share["high"]
-        assert share["high"] - share["low"] < 0.03
+        std = np.sqrt(true * (1 - true) / 5000)
+        assert share["share"] == pytest.approx(true, abs=4.5 * std)
+        assert share["low"] < share["share"] < share["high"]
+        assert share["high"] - share["low"] == pytest.approx(2 * 1.96 * std, rel=0.1)
         assert share["possible"]
 
 
