@@ -182,6 +182,24 @@ class Measurement:
         return float(np.median(self._estimates_ms))
 
     @property
+    def energy_mj(self) -> float | None:
+        """Energy of one inference, millijoules, the median over the rounds that count; None if the device does not tell.
+
+        Of everything that the device's sensor sees, at rest and for other programs too: the processor's package by its
+        counters (RAPL), a Jetson's whole module by its power times the latency. A Raspberry Pi or a phone tells none.
+
+        Raises:
+            ValueError: the measurement failed.
+        """
+        energies = []
+        for times, factor in self._counted:
+            if "energy_mj" in times.facts:
+                energies.append(times.facts["energy_mj"])
+            elif "run_power_mw" in times.facts:
+                energies.append(times.facts["run_power_mw"] * times.latency_ms * factor / 1000)
+        return float(np.median(energies)) if energies else None
+
+    @property
     def relative_iqr(self) -> float:
         """Inter-quartile range over median of the single runs that count, preempted ones left out."""
         low, middle, high = np.quantile(

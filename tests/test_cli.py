@@ -26,6 +26,7 @@ from hwnas.run import Run
 from hwnas.space import SearchSpace
 from hwnas.supernet import Supernet
 
+DEVICES = ["--device", "cpu", "--device", "pixel"]
 DEVICE = {
     "transport": "host",
     "runtime": "onnxruntime",
@@ -111,7 +112,8 @@ def test_cost_of_a_file(capsys, tmp_path):
 
 def test_search_document(capsys, finished):
     found = json.loads((finished / "results" / "quick-50ms.json").read_text())
-    keys = {"architecture", "architecture_text", "accuracy", "macs", "params", "latency"}
+    keys = {"architecture", "architecture_text", "accuracy", "macs", "params", "file_bytes", "peak_bytes"}
+    keys |= {"latency", "energy"}
     assert all(set(entry) == keys for entry in [*found["front"], found["best"], found["random"]])
     assert found["limits"] == [{"kind": "latency", "device": "quick", "value": 50, "unit": "ms"}]
     assert found["best"]["latency"]["quick"]["measured"] <= 50
@@ -334,7 +336,16 @@ def test_a_dataset_of_pytorch_goes_through_every_verb(tmp_path, space_file):
         (["search", "--device", "cpu", "--latency-ms", "1"], "no run at"),
         (["export"], "no run at"),
         (["search", "--device", "cpu", "--latency-ms", "abc"], "'abc' is not a valid float"),
-        (["search", "--device", "cpu"], "Missing option '--latency-ms'"),
+        (
+            ["search", "--device", "cpu"],
+            "--device cpu: give it a limit, such as --latency-ms 20, or look for its --front",
+        ),
+        (["search"], "nothing asked for: give a limit"),
+        (["search", "--front"], "nothing asked for: give a limit"),
+        (["search", "--latency-ms", "3"], "--latency-ms 3: on which device"),
+        (["search", *DEVICES, "--latency-ms", "1", "--latency-ms", "2", "--latency-ms", "3"], "given 3 times"),
+        (["search", *DEVICES, "--latency-ms", "1", "--together", "--front"], "--together looks for one child"),
+        (["search", "--max-macs", "lots"], "'lots' is not a number such as 600M"),
         (["cost", "--space", "bignas", "--arch", "none.json"], "none.json: cannot be read"),
         (["cost", "--arch", "smallest"], "no run at"),
         (["fly"], "No such command 'fly'"),
@@ -359,10 +370,12 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, words, message, tmp_pat
         (["profile", "--device", "quick", "--children", 2], "children=2: at least 5"),
         (["profile", "--device", "quick", "--kind", "oracle"], "oracle"),
         (["search", "--device", "cpu", "--latency-ms", 1], "no latency predictor for 'cpu'"),
-        (["search", "--device", "quick", "--latency-ms", 0], "latency limit 0.0 ms: must be a number over 0"),
+        (["search", "--device", "quick", "--latency-ms", 0], "latency limit 0.0 ms: must be a finite number over 0"),
         (["search", "--device", "quick", "--latency-ms", "nan"], "latency limit nan ms"),
         (["search", "--device", "quick", "--latency-ms", 1, "--confidence", 2], "confidence 2.0"),
         (["search", "--device", "quick", "--latency-ms", 1, "--evaluations", 0], "evaluations=0"),
+        (["search", "--device", "quick", "--latency-ms", 1, "--strategy", "oracle"], "unknown strategy 'oracle'"),
+        (["search", "--device", "quick", "--energy-mj", 1], "no energy predictor for 'quick'"),
         (["export", "--format", "gif"], "format 'gif' is not one of .*onnx"),
         (["export", "--result", "none"], "no result 'none' .*quick-50ms"),
         (["export", "--output", "/proc/none"], "/proc/none: cannot be written"),

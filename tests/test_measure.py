@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hwnas.devices import load_device
+from hwnas.devices import load_device, worker
 from hwnas.devices.base import DeviceGoneError, Timing
 from hwnas.errors import DeviceError
 from hwnas.layers import lower, total_macs
@@ -229,6 +229,107 @@ def test_sees_a_busy_process(store):
             busy.kill()
             busy.wait()
     assert m.others_busy > 0.3
+
+
+@pytest.mark.parametrize(
+    ("facts", "energy"),
+    [
+        (lambda ms: {"energy_mj": 3.0}, lambda ms: 3.0),
+        (lambda ms: {"run_power_mw": 4000.0}, lambda ms: 4 * ms),
+        (lambda ms: {"run_power_mw": 4000.0, "energy_mj": 3.0}, lambda ms: 3.0),
+        (lambda ms: {"power_mw": 4000.0}, lambda ms: None),  # after the program ended: the device at rest
+    ],
+)
+def test_energy_where_the_device_tells(store, facts, energy):
+    (arch,) = children(1)
+    ms = true_ms(arch)
+    device = FakeDevice(facts=lambda number: facts(ms), spread=0.001)
+    measure([arch], SPACE, device, QUICK, store)
+    (found,) = store.measurements(device="fake")
+    assert found.energy_mj == (energy(ms) and pytest.approx(energy(ms), rel=0.01))
+
+
+def test_disturbed_rounds_do_not_count_for_energy(store):
+    (arch,) = children(1)
+    slow = {3, 4}
+    device = FakeDevice(
+        slowdown=lambda number: 3.0 if number in slow else 1.0,
+        facts=lambda number: {"energy_mj": 30.0 if number in slow else 3.0},
+    )
+    (found,) = measure([arch], SPACE, device, QUICK, store)
+    assert not found.steady.all()
+    assert found.energy_mj == 3
+
+
+def zone(folder, name, kind, used, most=1_000_000):
+    (folder / name).mkdir(parents=True)
+    for file, text in (("name", kind), ("energy_uj", str(used)), ("max_energy_range_uj", str(most))):
+        (folder / name / file).write_text(text + "\n")
+
+
+def test_processors_tell_their_energy(tmp_path):
+    """A folder as Linux shows RAPL's counters; subzones are part of their package, psys is more than processors."""
+    for name, kind, used in (
+        ("intel-rapl:0", "package-0", 500),
+        ("intel-rapl:0:0", "core", 300),
+        ("intel-rapl:1", "package-1", 999_000),
+        ("intel-rapl:2", "psys", 10_000),
+        ("intel-rapl-mmio:0", "package-0", 500),
+    ):
+        zone(tmp_path, name, kind, used)
+    before = worker.energy_uj(tmp_path)
+    assert before == {"intel-rapl:0": (500, 1_000_000), "intel-rapl:1": (999_000, 1_000_000)}
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("2500\n")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("3000\n")  # started again
+    assert worker.used_uj(before, worker.energy_uj(tmp_path)) == 2000 + 4000
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert worker.used_uj(before, worker.energy_uj(tmp_path)) == 2000
+
+
+def test_counters_that_nobody_may_read(tmp_path):
+    zone(tmp_path, "intel-rapl:0", "package-0", "garbage")
+    assert worker.energy_uj(tmp_path) == {}
+    assert worker.energy_uj(tmp_path / "none") == {}
+    assert worker.used_uj({}, {}) == 0
+
+
+def rails(folder, number, name, **values):
+    (folder / f"hwmon{number}").mkdir(parents=True)
+    (folder / f"hwmon{number}" / "name").write_text(name + "\n")
+    for index, (label, (mv, ma)) in enumerate(values.items(), 1):
+        for file, text in ((f"in{index}_label", label), (f"in{index}_input", mv), (f"curr{index}_input", ma)):
+            (folder / f"hwmon{number}" / file).write_text(f"{text}\n")
+
+
+def test_a_jetson_tells_its_power_while_it_runs(tmp_path):
+    assert worker.power_mw(tmp_path) is None
+    rails(tmp_path / "nano", 3, "ina3221", VDD_IN=(5000, 952), VDD_CPU_GPU_CV=(5000, 200), VDD_SOC=(5000, 300))
+    assert worker.power_mw(tmp_path / "nano") == 4760
+    rails(tmp_path / "agx", 1, "ina3221", VDD_GPU_SOC=(19000, 100), VDD_CPU_CV=(19000, 50))
+    assert worker.power_mw(tmp_path / "agx") is None
+    rails(tmp_path / "agx", 2, "ina3221", VIN_SYS_5V0=(5000, 600))
+    assert worker.power_mw(tmp_path / "agx") == 1900 + 950 + 3000
+    rails(tmp_path / "pc", 1, "nct6775", VDD_IN=(5000, 952))
+    assert worker.power_mw(tmp_path / "pc") is None
+
+
+def test_a_round_tells_the_energy_of_one_run(tmp_path, monkeypatch):
+    counter = iter(range(0, 10**9, 70_000))
+    monkeypatch.setattr(worker, "energy_uj", lambda: {"intel-rapl:0": (next(counter), 10**9)})
+    monkeypatch.setattr(worker, "power_mw", lambda: 4000.0)
+    monkeypatch.setattr(worker.os, "sched_setaffinity", lambda *_: None)
+
+    class Runtime:
+        def load(self, path, threads):
+            return lambda: None
+
+    file = tmp_path / "x"
+    file.touch()
+    answer = worker.Worker(Runtime()).run(
+        str(file), threads=1, cores=[0], warmup_s=0, warmup_runs=2, repeats=5, min_duration_s=0
+    )
+    assert answer["facts"]["energy_mj"] == pytest.approx(70 / 7)
+    assert answer["facts"]["run_power_mw"] == 4000
 
 
 def test_pauses_after_a_disturbed_round(store, monkeypatch):

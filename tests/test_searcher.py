@@ -15,7 +15,7 @@ from hwnas.searching.costs import REPEATABILITY
 from hwnas.searching.fronts import front_slope, pareto, running_hypervolume
 from hwnas.searching.limits import LatencyLimit, MacsLimit, ParamsLimit
 from hwnas.searching.portfolio import choose_members, fewest
-from hwnas.searching.result import Result, Source
+from hwnas.searching.result import Result
 from hwnas.searching.searcher import Searcher
 from hwnas.searching.strategies import Scored
 from hwnas.searching.targets import Target
@@ -303,12 +303,12 @@ def test_no_device_at_all(tmp_path):
 
 
 def test_an_unreachable_device_is_predicted_and_said(world):
-    source = Source(measured=False, reason="cable is out", error_pct=4.2)
-    result = world.searcher(LIMIT, targets=[world.target("fake", measure=None, source=source)]).run(20)
+    target = world.target("fake", measure=None, reason="cable is out")
+    result = world.searcher(LIMIT, targets=[target]).run(20)
     assert result.best.latency["fake"].measured is None or result.best.architecture in world.archs
     assert latency(result.best.architecture) <= LIMIT
     assert not result.devices["fake"].measured
-    assert result.devices["fake"].error_pct == 4.2
+    assert result.devices["fake"].error_pct == target.predictor.statistics.left_out_pct > 0
     assert result.devices["fake"].reason == "cable is out"
     assert not result.measured
     assert world.measured == []

@@ -146,7 +146,8 @@ def _measure_file(run: Run, arch: Architecture, device: Device, store: Store, fi
 def _result(run: Run, name: str | None) -> tuple[str, Result]:
     from hwnas.searching.result import Result
 
-    paths = sorted((run.path / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    paths = [path for path in (run.path / "results").glob("*.json") if not path.name.startswith("portfolio-")]
+    paths.sort(key=lambda path: path.stat().st_mtime)
     if not paths:
         raise InputError(f"no finished search in {run.path}: run `hwnas search --device cpu --latency-ms ...` first")
     path = paths[-1] if name is None else run.result_path(name)

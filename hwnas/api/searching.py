@@ -24,7 +24,7 @@ from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.measurement import Measurement
 from hwnas.measuring.measure import measure
-from hwnas.predictors import LatencyPredictor, load_predictor
+from hwnas.predictors import load_predictor
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.run import Run
 from hwnas.space import Architecture
@@ -76,8 +76,8 @@ def search(
         evaluations: children to evaluate that were not known before.
         confidence: with which a child that was not measured has to keep the limits.
         baseline: whether to run random search with as many evaluations beside it.
-        front: a device, or `macs` or `params`: look for the best child of every latency on it (of every cost), up to
-            its limit where there is one.
+        front: a device, or `macs`, `params`, `size` or `memory`: look for the best child of every latency on it (of
+            every cost), up to its limit where there is one.
         storage: URL of the database; None for `$HWNAS_STORAGE`, or the run's own.
         study: a name; all searches of this name, in however many processes and on however many machines, work together
             and get the same answer. None: all that ask the same do.
@@ -99,7 +99,11 @@ def search(
     with ExitStack() as stack:
         session = _Session(stack, Run(run, storage=storage), confidence, strategy, data, seed, notice)
         return session.answer(
-            session.searcher(asked, front, study), _name(asked, front), evaluations, baseline=baseline, report=report
+            session.searcher(asked, front, study),
+            result_name(asked, front),
+            evaluations,
+            baseline=baseline,
+            report=report,
         )
 
 
@@ -112,7 +116,7 @@ def search_all(
     evaluations: int = 100,
     confidence: float = 0.95,
     baseline: bool = True,
-    front: bool = False,
+    fronts: Sequence[str | None] = (),
     storage: str | None = None,
     study: str | None = None,
     data: TorchDatasets | None = None,
@@ -136,7 +140,7 @@ def search_all(
         evaluations: for the first question; a fifth of it for each further one.
         confidence: of all searches.
         baseline: whether to run random search beside each, with as many evaluations.
-        front: look for the best child of every latency on each question's device, up to the limit.
+        fronts: for each question its `front`; none by default.
         storage: see `search`.
         study: see `search`; it holds one study for each question.
         data: the images.
@@ -155,27 +159,29 @@ def search_all(
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise InputError(f"tolerance={tolerance}: must be a number from 0")
     asked = [[one] if isinstance(one, Limit) else list(one) for one in questions]
-    fronts = [limits[0].device if front and limits else None for limits in asked]
-    names = [_name(limits, axis) for limits, axis in zip(asked, fronts, strict=True)]
+    axes = list(fronts) or [None] * len(asked)
+    if len(axes) != len(asked):
+        raise InputError(f"{len(axes)} fronts for {len(asked)} questions: give one for each, or none at all")
+    names = [result_name(limits, axis) for limits, axis in zip(asked, axes, strict=True)]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise InputError(f"{len(names)} questions ({', '.join(names) or 'none'}): ask two or more different ones")
-    for limits, axis in zip(asked, fronts, strict=True):
+    for limits, axis in zip(asked, axes, strict=True):
         _check(limits, axis)
     with ExitStack() as stack:
         session = _Session(stack, Run(run, storage=storage), confidence, strategy, data, seed, notice)
         searchers = {
             name: session.searcher(limits, axis, study and f"{study}, {name}")
-            for name, limits, axis in zip(names, asked, fronts, strict=True)
+            for name, limits, axis in zip(names, asked, axes, strict=True)
         }
         results = {}
+        budgets = [evaluations] + [math.ceil(FURTHER * evaluations)] * (len(names) - 1)
         for number, (name, searcher) in enumerate(searchers.items()):
-            budget = evaluations if number == 0 else math.ceil(FURTHER * evaluations)
             results[name] = session.answer(
                 searcher,
                 name,
-                budget,
+                budgets[number],
                 baseline=baseline,
-                report=lambda done, total, note="", name=name: report(done, total, f"{name}: {note}"),
+                report=_part_of(report, sum(budgets[:number]) / sum(budgets), budgets[number] / sum(budgets), name),
             )
         members, exact = choose_members(searchers, results, tolerance)
     made = Portfolio(results=results, members=tuple(members), tolerance=tolerance, exact=exact)
@@ -199,7 +205,7 @@ class _Session:
         self.run, self._stack, self._data, self._notice = run, stack, data, notice
         self._options: dict[str, Any] = {"confidence": confidence, "strategy": strategy, "seed": seed}
         self._store = stack.enter_context(run.store())
-        self._devices: dict[str, tuple[Device, Source]] = {}
+        self._devices: dict[str, tuple[Device, dict[str, str], str]] = {}
 
     @cached_property
     def _evaluator(self) -> Evaluator:
@@ -207,11 +213,12 @@ class _Session:
 
     def searcher(self, limits: Sequence[Limit], front: str | None, study: str | None) -> Searcher:
         """For one question, with the predictors as they are in the run."""
-        from hwnas.searching.searcher import LAYER_KINDS, Searcher
+        from hwnas.searching.costs import LAYER_COSTS
+        from hwnas.searching.searcher import Searcher
         from hwnas.searching.strategies import Scored
 
         devices = dict.fromkeys(limit.device for limit in limits)
-        if front is not None and front not in LAYER_KINDS:
+        if front is not None and front not in LAYER_COSTS:
             devices[front] = None
         energy = {limit.device for limit in limits if limit.kind == "energy"}
         targets = [self._target(given, given in energy) for given in devices if given is not None]
@@ -249,8 +256,8 @@ class _Session:
         name = device_name(given)
         predictor = self.run.predictor(name)
         if name not in self._devices:
-            self._devices[name] = self._reach(given, predictor)
-        device, source = self._devices[name]
+            self._devices[name] = self._reach(given)
+        device, versions, reason = self._devices[name]
 
         def bench(archs: Sequence[Architecture]) -> list[Measurement]:
             with self._store.claimed(f"measure on {name}"):  # what another worker measures now is not measured again
@@ -260,33 +267,31 @@ class _Session:
         return Target(
             name,
             predictor,
-            measure=None if source.reason else bench,
+            measure=None if reason else bench,
             measurements=last_measurements(name, device.timing, self._store, "fit"),
             energy=load_predictor(energy_path) if energy and energy_path.is_file() else None,
-            source=source,
-            notice=self._notice,
-        )
-
-    def _reach(self, given: str, predictor: LatencyPredictor) -> tuple[Device, Source]:
-        """The device, and whether it can be reached: to be known before hours of evaluations, not after."""
-        from hwnas.searching.result import Source
-
-        device = self._stack.enter_context(open_device(given, self.run))
-        versions: dict[str, str] = {}
-        reason = ""
-        try:
-            versions = device.versions()
-        except DeviceGoneError as error:
-            reason = str(error)
-        statistics = predictor.statistics
-        return device, Source(
-            measured=False,
-            source=getattr(predictor, "source", ""),
-            error_pct=None if statistics is None else statistics.left_out_pct,
             reason=reason,
             runtime=f"{device.runtime}, {device.precision}",
             versions=versions,
+            notice=self._notice,
         )
+
+    def _reach(self, given: str) -> tuple[Device, dict[str, str], str]:
+        """The device, its versions, and why it cannot be reached: better known before hours of evaluations."""
+        device = self._stack.enter_context(open_device(given, self.run))
+        try:
+            return device, device.versions(), ""
+        except DeviceGoneError as error:
+            return device, {}, str(error)
+
+
+def _part_of(report: Report, start: float, share: float, name: str) -> Report:
+    """For a part of the whole: tells percent of it."""
+
+    def tell(done: float, total: float, note: str = "") -> None:
+        report(round(100 * (start + share * done / total)), 100, f"{name}: {note}")
+
+    return tell
 
 
 def _check(limits: Sequence[Limit], front: str | None) -> None:
@@ -299,8 +304,7 @@ def _check(limits: Sequence[Limit], front: str | None) -> None:
 
 def _predicted(device: str, source: Source) -> str:
     """What to know of an answer that was not measured."""
-    error = "" if source.error_pct is None else f", typical error {source.error_pct:.1f}%"
-    how = source.source or f"predicted from what was measured there before{error}"
+    how = source.source or f"predicted from what was measured there before, typical error {source.error_pct:.1f}%"
     return (
         f"{device}: latencies are predicted, not measured: {how}; the device cannot be used ({source.reason}): "
         f"make it reachable, see `hwnas devices check {device}`, and search again"
@@ -319,8 +323,8 @@ def _replaced(limit: Limit) -> Limit:
     return Limit.from_dict({**limit.to_dict(), "device": device_name(limit.device)})
 
 
-def _name(limits: Sequence[Limit], front: str | None) -> str:
-    """Of a result: `cpu-20ms`, `pixel-20ms+jetson-5ms`, `macs-600M`, `cpu-front`."""
+def result_name(limits: Sequence[Limit], front: str | None = None) -> str:
+    """What a search's result is called: `cpu-20ms`, `pixel-20ms+jetson-5ms`, `macs-600M`, `cpu-front`."""
     parts = []
     for limit in _named(limits):
         if limit.device is not None:

@@ -84,7 +84,8 @@ class RunTimes:
         facts: the machine's state after it, as far as it tells: `cores`, `load`, `mhz` of the fastest core, `mhz_limit`
             that the system allows it at the moment, `celsius` of the hottest part, `thermal_status` (Android's: 0 none,
             1 light, 2 moderate, ... throttling), `used_s` (seconds up to now: `clock` of the wall, `machine` of all
-            processors by all programs, `own` of them by the runtime), ...
+            processors by all programs, `own` of them by the runtime), `energy_mj` that one run took on average (of the
+            whole processor), `run_power_mw` (of a Jetson's whole module, as the last run ended), ...
         spread: inter-quartile range over median of the runs, where only their sum is known and `times_ms` is one
             value, their median or mean.
     """

@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from hwnas.devices.worker import WHOLE_MODULE
+
 # Bounded, so that no text makes a number that Python refuses to read.
 _INT, _FLOAT = r"\d{1,9}", r"\d{1,9}(?:\.\d{1,9})?"
 _ZONE = re.compile(rf"(?<!\S)([A-Za-z]\w*)@(-?{_FLOAT})C\b", re.ASCII)
 _RAIL = re.compile(rf"(?<!\S)([A-Z]\w+) ({_INT})(?:mW)?/{_INT}", re.ASCII)
-# The rails that make up a module's power: one for all of it, or AGX Orin's, where 5V0 is only what CPU and GPU leave.
-_WHOLE_MODULE = (("VDD_IN",), ("POM_5V_IN",), ("VIN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 _OFF_CELSIUS = -256.0  # of a zone whose hardware is switched off
 
 _PHONE_STATES = (
@@ -57,7 +57,7 @@ def tegrastats(line: str) -> dict[str, Any]:
     if zones:
         found |= {"celsius": max(zones.values()), "zones_celsius": zones}
     rails = {name: int(milliwatt) for name, milliwatt in _RAIL.findall(line)}
-    for names in _WHOLE_MODULE:
+    for names in WHOLE_MODULE:
         if rails.keys() >= set(names):
             return found | {"power_mw": sum(rails[name] for name in names)}
     return found

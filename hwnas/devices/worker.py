@@ -124,6 +124,58 @@ def facts(cores: list[int]) -> dict[str, Any]:
     return found
 
 
+def energy_uj(folder: Path = Path("/sys/class/powercap")) -> dict[str, tuple[int, int]]:
+    """What each processor package has used so far, and where its counter starts again, microjoules; by its zone.
+
+    RAPL, https://docs.kernel.org/power/powercap/powercap.html, of Intel's and AMD's processors. Since Linux 5.10 only
+    root may read it: `sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj` lets others.
+    """
+    found = {}
+    for zone in folder.glob("intel-rapl:*"):
+        try:
+            if (zone / "name").read_text(encoding="ascii").startswith("package"):  # not what is part of one, or psys
+                used, most = (int((zone / name).read_text()) for name in ("energy_uj", "max_energy_range_uj"))
+                found[zone.name] = used, most
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def used_uj(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> int:
+    """What all packages used between two answers of `energy_uj`; a counter may have started again once."""
+    used = 0
+    for zone in before.keys() & after.keys():
+        difference = after[zone][0] - before[zone][0]
+        used += difference if difference >= 0 else difference + after[zone][1]
+    return used
+
+
+# The rails that make up a Jetson's power: one for all of it, or AGX Orin's, where 5V0 is only what CPU and GPU leave.
+WHOLE_MODULE = (("VDD_IN",), ("POM_5V_IN",), ("VIN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
+
+
+def power_mw(folder: Path = Path("/sys/class/hwmon")) -> float | None:
+    """What a Jetson's whole module takes now, as its INA3221 sensors average it; None elsewhere.
+
+    https://docs.kernel.org/hwmon/ina3221.html: `in1_label` names a rail, `in1_input` is mV, `curr1_input` mA.
+    """
+    rails = {}
+    for label in folder.glob("hwmon*/in[123]_label"):
+        number = label.name[2]
+        try:
+            if (label.parent / "name").read_text(encoding="ascii").strip() == "ina3221":
+                mv, ma = (
+                    int((label.parent / name).read_text()) for name in (f"in{number}_input", f"curr{number}_input")
+                )
+                rails[label.read_text(encoding="ascii").strip()] = mv * ma / 1000
+        except (OSError, ValueError):
+            continue
+    for names in WHOLE_MODULE:
+        if rails.keys() >= set(names):
+            return sum(rails[name] for name in names)
+    return None
+
+
 def _real(zone: Path) -> bool:
     """Whether a thermal zone has a sensor: Jetson's PMIC-Die always tells 100 C."""
     try:
@@ -158,8 +210,15 @@ class Worker:
             while time.perf_counter() < end:
                 self._open[key]()
         self._open.move_to_end(key)
+        before = energy_uj()
         times, preempted = time_runs(self._open[key], threads, **timing)
-        return {"times_ns": times, "preempted": preempted, "facts": facts(pinned)}
+        power, used = power_mw(), used_uj(before, energy_uj())
+        found = facts(pinned)
+        if power is not None:
+            found["run_power_mw"] = power
+        if used:
+            found["energy_mj"] = used / 1000 / (timing["warmup_runs"] + len(times))
+        return {"times_ns": times, "preempted": preempted, "facts": found}
 
     def _pin(self, cores: list[int] | None, threads: int) -> list[int]:
         """Keep this process, and the runtime's threads that it will start, on some cores."""

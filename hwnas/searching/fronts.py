@@ -53,14 +53,14 @@ def running_hypervolume(costs: Floats, accuracies: Floats) -> list[float]:
 
 
 def front_slope(costs: Floats, accuracies: Floats, limit: float, rng: np.random.Generator) -> Slope | None:
-    """How steep the front is at a limit: a straight line through it, from a quarter below to a quarter above.
+    """How steep the front is at a limit: a straight line through the part of it within a quarter of the limit.
 
     The front is a staircase over costs; the line is fitted to it by least squares on an even grid, from the cheapest
     to the costliest child within the window. The standard deviation is that over bootstrap resamples of the children
     (Efron, 1979): it tells how much depends on which children happened to be evaluated, not on which images they were.
 
     Args:
-        costs: of all evaluated children, also those over the limit, (num_points,).
+        costs: of the evaluated children, perhaps some over the limit, (num_points,).
         accuracies: 0 to 1, (num_points,).
         limit: in the unit of the costs.
         rng: of the resamples.

@@ -93,7 +93,9 @@ def choose_members(
     Returns:
         The members, and whether the choice is certainly of the fewest.
     """
-    scored = list({one.arch: one for searcher in searchers.values() for one in searcher.pool}.values())
+    bests = [result.best for result in results.values()]  # first, so that one of them is taken among equals
+    scored = [Scored(best.architecture, best.accuracy) for best in bests]
+    scored = list({one.arch: one for one in (*scored, *(one for s in searchers.values() for one in s.pool))}.values())
     accuracies = np.array([one.accuracy for one in scored])
     best = np.array([results[name].best.accuracy for name in searchers])
     close = accuracies[:, None] >= best - tolerance

@@ -82,18 +82,18 @@ class Source:
 
     Attributes:
         measured: whether the answer was measured on the device; else it is predicted.
+        error_pct: typical error of the predictions, percent: the mean of |log(measured / predicted)| of measurements
+            left out of the fit, or else what the predictor itself expects.
         source: of the predictions: empty for a predictor fitted in this run, else the sentence that says what
             published measurements they are estimated from.
-        error_pct: typical error of the predictions, percent: mean of |log(measured / predicted)| of measurements left
-            out of the fit; None where the predictor does not tell.
         reason: why nothing was measured there; empty where it was.
         runtime: what runs the networks, with its precision: `onnxruntime, fp32`.
         versions: what the latencies depend on besides (see `Device.versions`); empty where the device was not reached.
     """
 
     measured: bool
+    error_pct: float
     source: str = ""
-    error_pct: float | None = None
     reason: str = ""
     runtime: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)

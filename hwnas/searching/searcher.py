@@ -14,7 +14,7 @@ from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs, total_params
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.searching.bounds import Bounds, extreme
-from hwnas.searching.costs import Cost, LayerCost
+from hwnas.searching.costs import LAYER_COSTS, Cost, LayerCost
 from hwnas.searching.fronts import front_slope, pareto, running_hypervolume
 from hwnas.searching.limits import LatencyLimit, Limit
 from hwnas.searching.result import Candidate, Result, Slope
@@ -24,7 +24,6 @@ from hwnas.searching.targets import Target
 from hwnas.space import Architecture, SearchSpace
 
 FINALISTS = 4  # measured at a time
-LAYER_KINDS = ("macs", "params")  # costs that a front may be over, beside latency
 
 
 class Searcher:
@@ -80,7 +79,7 @@ class Searcher:
         self.confidence, self.strategy, self.weights, self.seed = confidence, strategy, weights, seed
         self.evaluate, self.known, self.storage_url, self.notice = evaluate, known, storage_url, notice
         self.study, self.at_once = study, at_once
-        self._layers = {kind: LayerCost(space, kind) for kind in LAYER_KINDS}
+        self._layers = {kind: LayerCost(space, kind) for kind in LAYER_COSTS}
         self.whole_front = front is not None
         self._axis = self._find_axis(front)
         # Exploring goes by predictions alone: a measured latency changes a little with every further measurement,
@@ -281,15 +280,19 @@ class Searcher:
     def confirm(self, found: Sequence[Scored]) -> Scored:
         """The most accurate child that keeps the limits as measured, wherever measuring is possible.
 
-        Measures the best few that were not measured, refits, re-ranks, until the first in the ranking is measured.
+        Measures the best few that were not measured, refits, re-ranks, until the first in the ranking is measured. Of
+        equally accurate children the cheapest is first.
 
         Raises:
             LimitError: none of the children keeps the limits as measured.
         """
-        ranking = sorted(found, key=lambda scored: -scored.accuracy)
+        archs = [scored.arch for scored in found]
+        genes = self.space.encode(archs)
+        accuracies = np.array([scored.accuracy for scored in found])
         while True:
-            kept = self.keeps([scored.arch for scored in ranking])
-            finalists = [scored for scored, keeps in zip(ranking, kept, strict=True) if keeps]
+            kept = self.keeps(archs)
+            ranking: list[int] = np.lexsort((self._cost(*self._axis).expected(genes), -accuracies)).tolist()
+            finalists = [found[index] for index in ranking if kept[index]]
             if not finalists:
                 raise LimitError(
                     f"{self.explored.describe()}: no evaluated child kept the limits as measured; "
@@ -338,6 +341,8 @@ class Searcher:
             accuracy=scored.accuracy,
             macs=total_macs(layers),
             params=total_params(layers),
+            file_bytes=self._megabytes("size", scored.arch),
+            peak_bytes=self._megabytes("memory", scored.arch),
             latency={name: target.estimate("latency", scored.arch) for name, target in self.targets.items()},
             energy={
                 name: target.estimate("energy", scored.arch)
@@ -345,6 +350,9 @@ class Searcher:
                 if target.energy is not None
             },
         )
+
+    def _megabytes(self, kind: str, arch: Architecture) -> int:
+        return round(1e6 * float(self._layers[kind].expected(self.space.encode([arch]))[0]))
 
     def _slopes(self, scored: Sequence[Scored]) -> dict[str, Slope]:
         """What one more millisecond buys on each device with a latency limit, the others being kept."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from hwnas.devices.base import DeviceGoneError
 from hwnas.errors import InputError
 from hwnas.measurement import Measurement
@@ -14,6 +16,7 @@ from hwnas.searching.costs import DeviceCost
 from hwnas.searching.result import Estimate, Source
 from hwnas.space import Architecture
 
+DRAWS = 1000
 Measure = Callable[[Sequence[Architecture]], Sequence[Measurement]]
 
 
@@ -23,10 +26,11 @@ class Target:
     Args:
         name: the device's.
         predictor: of its latencies; fitted anew, in place, to what is measured.
-        measure: puts children on the device; None where it cannot be reached, and `source.reason` says why.
+        measure: puts children on the device; None where it cannot be reached, for that `reason`.
         measurements: what was measured there so far.
         energy: predictor of the energy of an inference, mJ; None where the device does not tell its power.
-        source: what is known of where the latencies come from.
+        reason: why it cannot be measured; empty where it can.
+        runtime, versions: see `Source`.
         notice: told what a user should know.
     """
 
@@ -38,14 +42,24 @@ class Target:
         measure: Measure | None = None,
         measurements: Sequence[Measurement] = (),
         energy: LatencyPredictor | None = None,
-        source: Source | None = None,
+        reason: str = "",
+        runtime: str = "",
+        versions: Mapping[str, str] | None = None,
         notice: Notice = unheard,
     ) -> None:
         self.name, self.predictor, self.energy = name, predictor, energy
         self.measured = {m.arch: m for m in measurements if m.trusted}
         self.failed: set[Architecture] = set()  # could not be measured, so they are not delivered
         self._measure, self._notice = measure, notice
-        self._source = source or Source(measured=False)
+        # As long as nothing is refitted: the error is that of the predictions that the search went by.
+        self._source = Source(
+            measured=False,
+            error_pct=typical_error_pct(predictor),
+            source=getattr(predictor, "source", ""),
+            reason=reason,
+            runtime=runtime,
+            versions=dict(versions or {}),
+        )
 
     def cost(self, kind: str, *, measured: bool = True) -> DeviceCost:
         """What children cost here: `latency` or `energy`, by predictions alone or with what was measured.
@@ -118,3 +132,15 @@ class Target:
         archs = [arch for arch, value in values.items() if value is not None]
         genes = self.predictor.space.encode(archs)
         return {row.tobytes(): values[arch] for arch, row in zip(archs, genes, strict=True)}
+
+
+def typical_error_pct(predictor: LatencyPredictor) -> float:
+    """The typical error of a predictor, percent.
+
+    What it made of measurements left out of its fit, where it tells; else what it expects: the mean distance of a
+    normal value from its mean, sqrt(2 / pi) of its standard deviation, in the median over random children.
+    """
+    if predictor.statistics is not None and predictor.statistics.left_out_pct is not None:
+        return predictor.statistics.left_out_pct
+    mean, std = predictor.predict_genes(predictor.space.sample_genes(DRAWS, np.random.default_rng(0)))
+    return float(100 * np.sqrt(2 / np.pi) * np.median(std / mean))

@@ -1,0 +1,231 @@
+"""hwnas.search and hwnas.search_all on a small trained run: one device at hand, one that cannot be reached."""
+
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import hwnas
+from hwnas.api import result_name
+from hwnas.cli import main
+from hwnas.errors import InputError
+from hwnas.layers import lower, total_macs
+from hwnas.run import Run
+
+ROOT = Path(__file__).parent.parent
+TIMING = {
+    "rounds": 2,
+    "max_rounds": 2,
+    "min_duration_s": 0.001,
+    "warmup_s": 0.0,
+    "max_drift": 10.0,
+    "max_error": 10.0,
+}
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory) -> Path:
+    """Trained for a moment, with predictors of `quick` (this machine) and `away` (a board that is not there)."""
+    folder = tmp_path_factory.mktemp("search")
+    run = folder / "run"
+    (run / "devices").mkdir(parents=True)
+    quick = {"transport": "host", "runtime": "onnxruntime", "timing": TIMING}
+    (run / "devices" / "quick.yaml").write_text(yaml.safe_dump(quick))
+    away = {"base": "jetson", "host": "away.invalid", "timing": TIMING}
+    (run / "devices" / "away.yaml").write_text(yaml.safe_dump(away))
+    space = folder / "mine.yaml"
+    space.write_text(yaml.safe_dump({"base": "tiny", "resolution": [8, 12]}))
+    options = {"data.size": 12, "train.epochs": 0.3, "train.threads": 1}
+    hwnas.train(run, space=space, data="digits", changes=options)
+    hwnas.profile("quick", run, children=12)
+    shutil.copy(run / "predictors" / "quick.json", run / "predictors" / "away.json")
+    return run
+
+
+@pytest.fixture
+def run(profiled, tmp_path) -> Path:
+    return Path(shutil.copytree(profiled, tmp_path / "run"))
+
+
+def num_evaluated(run: Path) -> int:
+    with sqlite3.connect(run / "hwnas.db") as database:
+        return int(database.execute("select count(*) from hwnas_evaluations").fetchone()[0])
+
+
+def macs(run: Path, share: float) -> float:
+    """A limit between the smallest and the biggest child."""
+    space = Run(run).space
+    small, big = (total_macs(lower(space, arch)) for arch in (space.smallest(), space.largest()))
+    return small + share * (big - small)
+
+
+def test_what_is_found_is_saved_with_all_that_it_depends_on(run):
+    limits = [hwnas.LatencyLimit("quick", ms=50), hwnas.MacsLimit(macs(run, 0.5))]
+    result = hwnas.search(limits, run, evaluations=6)
+    saved = json.loads((run / "results" / f"{result_name(limits)}.json").read_text())
+    assert hwnas.Result.from_dict(saved) == result
+    assert result.best.macs <= limits[1].macs
+    assert result.best.latency["quick"].measured <= 50
+    assert result.best.file_bytes > 4 * result.best.params
+    assert result.best.peak_bytes > 0
+    assert result.measured
+    assert saved["devices"]["quick"]["runtime"] == "onnxruntime, fp32"
+    assert saved["devices"]["quick"]["versions"]
+    assert saved["versions"]["hwnas"] == hwnas.__version__
+    assert set(saved["question"]) > {"space", "limits", "confidence", "strategy", "seed", "evaluations", "predictors"}
+    assert saved["question"]["weights"] == saved["weights"] != ""
+
+
+def test_the_same_question_gets_the_same_answer_without_work(run):
+    limit = hwnas.MacsLimit(macs(run, 0.5))
+    first = hwnas.search(limit, run, evaluations=6)
+    hwnas.search(hwnas.MacsLimit(macs(run, 0.9)), run, evaluations=6)
+    evaluated = num_evaluated(run)
+    assert hwnas.search(limit, run, evaluations=6) == first
+    assert num_evaluated(run) == evaluated
+    other = hwnas.search(limit, run, evaluations=6, seed=1)
+    assert other.num_known >= 6
+    assert other.best.accuracy >= first.best.accuracy
+
+
+def test_an_answer_for_each_device_and_the_fewest_for_all(run):
+    told: list[str] = []
+    questions = [hwnas.LatencyLimit("quick", 50), [hwnas.LatencyLimit("away", 40)]]
+    portfolio = hwnas.search_all(questions, run, evaluations=10, baseline=False, notice=told.append)
+    names = ["quick-50ms", "away-40ms"]
+    assert list(portfolio.results) == names
+    assert [result.num_evaluations for result in portfolio.results.values()] == [10, 2]
+    assert num_evaluated(run) == 12
+    assert portfolio.exact
+    away = portfolio.results["away-40ms"]
+    assert away.num_known == 10  # all keep this limit
+    assert away.best.accuracy >= portfolio.results["quick-50ms"].best.accuracy
+    for name in names:
+        assert portfolio.child_for(name).accuracy >= portfolio.results[name].best.accuracy - portfolio.tolerance
+        assert hwnas.Result.from_dict(json.loads((run / "results" / f"{name}.json").read_text()))
+    saved = json.loads((run / "results" / "portfolio-quick-50ms+away-40ms.json").read_text())
+    assert saved == json.loads(json.dumps(portfolio.to_dict()))
+    # The board cannot be reached: predicted, and said everywhere.
+    assert (portfolio.results["quick-50ms"].measured, away.measured) == (True, False)
+    assert away.best.latency["away"].measured is None
+    assert away.devices["away"].error_pct > 0
+    assert "away.invalid" in away.devices["away"].reason
+    (text,) = [text for text in told if text.startswith("away: latencies are predicted, not measured")]
+    assert re.search(r"typical error \d+\.\d%.*hwnas devices check away", text)
+
+
+def test_one_child_together(run):
+    limits = [hwnas.LatencyLimit("quick", 50), hwnas.LatencyLimit("away", 40)]
+    result = hwnas.search(limits, run, evaluations=4, baseline=False)
+    assert set(result.best.latency) == {"quick", "away"}
+    assert not result.measured
+    assert result.devices["quick"].measured
+    assert (run / "results" / "quick-50ms+away-40ms.json").is_file()
+
+
+def test_a_device_by_its_file(run):
+    file = str(run / "devices" / "quick.yaml")
+    result = hwnas.search(hwnas.LatencyLimit(file, 50), run, evaluations=3, baseline=False)
+    assert result.limits[0]["device"] == "quick"
+    assert set(result.best.latency) == {"quick"}
+
+
+@pytest.mark.parametrize(
+    ("limits", "front", "name"),
+    [
+        ([hwnas.LatencyLimit("cpu", 0.14)], None, "cpu-0.14ms"),
+        ([hwnas.LatencyLimit("a/cpu.yaml", 20), hwnas.EnergyLimit("pixel", 3)], None, "cpu-20ms+pixel-3mJ"),
+        ([hwnas.MacsLimit(6e8), hwnas.ParamsLimit(5.5e6)], None, "macs-600M+params-5.5M"),
+        ([hwnas.SizeLimit(10), hwnas.MemoryLimit(2.5)], None, "size-10MB+memory-2.5MB"),
+        ([], "cpu", "cpu-front"),
+        ([hwnas.LatencyLimit("cpu", 20)], "cpu", "cpu-20ms+cpu-front"),
+    ],
+)
+def test_names_of_results(limits, front, name):
+    assert result_name(limits, front) == name
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda run: hwnas.search((), run), "nothing asked for: give a limit"),
+        (lambda run: hwnas.search(hwnas.LatencyLimit("cpu", 3), run), "no latency predictor for 'cpu'"),
+        (lambda run: hwnas.search((), run, front="cpu"), "no latency predictor for 'cpu'"),
+        (
+            lambda run: hwnas.search([hwnas.MacsLimit(1e6), hwnas.MacsLimit(2e6)], run),
+            "1M MACs and 2M MACs: give one limit of each kind",
+        ),
+        (lambda run: hwnas.search_all([hwnas.MacsLimit(1e6)], run), r"1 questions \(macs-1M\): ask two or more"),
+        (lambda run: hwnas.search_all([hwnas.MacsLimit(1e6)] * 2, run), "ask two or more different ones"),
+        (
+            lambda run: hwnas.search_all([hwnas.MacsLimit(1e6), hwnas.MacsLimit(2e6)], run, tolerance=-1),
+            "tolerance=-1: must be a number from 0",
+        ),
+        (
+            lambda run: hwnas.search_all([hwnas.MacsLimit(1e6), hwnas.MacsLimit(2e6)], run, fronts=["macs"]),
+            "1 fronts for 2 questions",
+        ),
+    ],
+)
+def test_questions_that_make_no_sense(profiled, call, message):
+    before = num_evaluated(profiled)
+    with pytest.raises(InputError, match=message):
+        call(profiled)
+    assert num_evaluated(profiled) == before
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def hwnas_search(capsys, *words: object) -> tuple[str, str]:
+    assert main(["search", *map(str, words)]) == 0
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def test_tables_say_what_is_predicted(capsys, run):
+    words = ["--run", run, "--device", "quick", "--latency-ms", 50, "--device", "away", "--latency-ms", 40]
+    out, err = hwnas_search(capsys, *words, "--evaluations", 5)
+    assert re.search(r"quick-50ms .*\d\.\d{3} ± \d\.\d{3} +\d\.\d{3} +5 +0 ", out)
+    assert re.search(r"away-40ms .*predicted only", out)
+    assert re.search(r"away: predicted, not measured, typical error \d+\.\d%", out)
+    assert "portfolio: the fewest that serve all within 0.2 points" in out
+    assert "away: latencies are predicted, not measured" in err
+    assert f"next: hwnas export --run {run} --format onnx --result quick-50ms" in out
+    out, _ = hwnas_search(capsys, *words, "--evaluations", 5, "--together", "--json")
+    found = json.loads(out)
+    assert [limit["device"] for limit in found["limits"]] == ["quick", "away"]
+    assert main(["export", "--run", str(run), "--arch", "smallest", "--device", "quick"]) == 0
+
+
+def test_the_whole_range_and_no_device(capsys, run):
+    out, _ = hwnas_search(capsys, "--run", run, "--device", "quick", "--front", "--evaluations", 6)
+    assert re.search(r"hypervolume\): guided 0\.\d{4}, random 0\.\d{4}", out)
+    found = json.loads((run / "results" / "quick-front.json").read_text())
+    assert all(child["latency"]["quick"]["measured"] for child in found["front"])
+    out, _ = hwnas_search(capsys, "--run", run, "--max-macs", macs(run, 0.5), "--evaluations", 4, "--json")
+    found = json.loads(out)
+    assert found["best"]["latency"] == {}
+    assert found["devices"] == {}
+
+
+# ---------------------------------------------------------------- the example
+
+
+def test_the_example_picks_a_child(run):
+    """In at most 15 lines of code, for a device at hand and for one that is not."""
+    script = ROOT / "examples" / "pick_child.py"
+    lines = [line for line in script.read_text().splitlines() if line.strip() and '"""' not in line]
+    assert len(lines) <= 15
+    for device, how in (("quick", "measured"), ("away", r"predicted to \d+%")):
+        done = subprocess.run(
+            [sys.executable, script, run, device, "50"], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        assert re.search(rf"^{device}: \d+\.\d\d%, \S+ ms \({how}\): \d+px ", done.stdout, flags=re.MULTILINE)
