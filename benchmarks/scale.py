@@ -5,9 +5,9 @@
 Children are of space bignas (50 genes, 45 of them present in the mean). PostgreSQL is a server of its own on this
 machine, with commits that wait for the disk; it needs Debian's postgresql, and is left out where that is missing.
 
-- overhead: evaluations that take no time; wall and processor time of `Study.explore` by evaluation, without proposing.
-  Beside it, the same children through Optuna alone: `add_trial` of a finished trial, and a queue of its own: a trial
-  added in state WAITING, asked and told.
+- overhead: evaluations that take no time; what `Study.explore` takes by evaluation, without proposing. Beside it, the
+  same children through Optuna alone, median: `add_trial` of a finished trial, and its queue: a trial added in state
+  WAITING, asked and told.
 - opening: 10,000 evaluations in the study, in the accuracy cache and as Optuna's trials; seconds until the strategy is
   asked for the next child; beside it `Study.get_trials` of Optuna.
 - speed-up: sleeping evaluations, by as many worker processes as said.
@@ -16,6 +16,7 @@ machine, with commits that wait for the disk; it needs Debian's postgresql, and 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -43,17 +44,17 @@ SLEEP_S, SLEEPS = 0.5, 64
 
 
 class Fixed(Strategy):
-    """Proposes random children: the same whenever it is asked; remembers the seconds that took."""
+    """Proposes random children: the same whenever it is asked; remembers when it was."""
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.seconds, self.cpu = budget, 0.0, 0.0
+        self.budget = budget
+        self.moments: list[tuple[float, float]] = []  # wall and processor time as it is asked, and has answered
 
     def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
-        started, cpu = time.perf_counter(), time.process_time()
+        self.moments.append((time.perf_counter(), time.process_time()))
         genes = SPACE.sample_genes(count, np.random.default_rng(len(history)))
         found = [SPACE.decode(row) for row in genes]
-        self.seconds += time.perf_counter() - started
-        self.cpu += time.process_time() - cpu
+        self.moments.append((time.perf_counter(), time.process_time()))
         return found
 
 
@@ -86,15 +87,13 @@ def databases() -> Iterator[dict[str, str]]:
 # ------------------------------------------------------------ overhead
 
 
-def overhead(url: str, count: int) -> tuple[float, float]:
-    """Wall and processor milliseconds by evaluation."""
-    study(url).explore(Fixed(GENERATION))  # makes the tables
-    whole = Study(SPACE, url, "overhead", "question", evaluate=lambda a: [0.5] * len(a), about=study(url)._about)
+def overhead(url: str, count: int) -> tuple[float, float, float]:
+    """Milliseconds by evaluation, of the generations: median and least wall time, median processor time."""
     strategy = Fixed(count)
-    started, cpu = time.perf_counter(), time.process_time()
-    whole.explore(strategy)
-    wall_s, cpu_s = time.perf_counter() - started, time.process_time() - cpu
-    return (wall_s - strategy.seconds) / count * 1e3, (cpu_s - strategy.cpu) / count * 1e3
+    study(url).explore(strategy)
+    moments = np.array(strategy.moments[1:-1])  # from an answer to the next question
+    wall, cpu = ((moments[1::2] - moments[::2]) / GENERATION * 1e3).T
+    return float(np.median(wall)), float(wall.min()), float(np.median(cpu))
 
 
 @contextmanager
@@ -237,19 +236,22 @@ def main() -> None:
     if options.worker:
         worker(options.worker[0], Path(options.worker[1]))
         return
-    how = f"{options.evaluations} evaluations for the overhead; SQLAlchemy {sa.__version__}"
+    load = f"{os.getloadavg()[0]:.1f}"
+    how = (
+        f"{options.evaluations} evaluations for the overhead; the machine was shared: load average {load} at the start"
+    )
     lines = heading("A study shared by workers", how)
     lines += [
-        "Overhead of an evaluation, ms; in the last two columns Optuna alone, which does less:",
+        "Overhead of an evaluation, ms, over generations of 8; the last two columns are Optuna alone, which does less:",
         "",
-        "| database | wall | processor time of the worker | `add_trial` of Optuna | its queue: add, ask, tell |",
-        "|---|---|---|---|---|",
+        "| database | wall, median | wall, least | worker's processor time | `add_trial` | queue: add, ask, tell |",
+        "|---|---|---|---|---|---|",
     ]
     with databases() as urls:
         for name, url in urls.items():
-            wall, cpu = overhead(url, options.evaluations)
+            wall, least, cpu = overhead(url, options.evaluations)
             added, queued = optuna_alone(url, 20)
-            lines.append(f"| {name} | {wall:.1f} | {cpu:.1f} | {added:.0f} | {queued:.0f} |")
+            lines.append(f"| {name} | {wall:.1f} | {least:.1f} | {cpu:.1f} | {added:.0f} | {queued:.0f} |")
             print(lines[-1], flush=True)
     lines += [
         "",
