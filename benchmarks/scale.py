@@ -8,9 +8,9 @@ machine, with commits that wait for the disk; it needs Debian's postgresql, and 
 - overhead: evaluations that take no time; what `Study.explore` takes by evaluation, without proposing. Beside it, the
   same children through Optuna alone, median: `add_trial` of a finished trial, and its queue: a trial added in state
   WAITING, asked and told.
-- opening: 10,000 evaluations in the study, in the accuracy cache and as Optuna's trials; seconds until the strategy is
+- opening: some 10,000 evaluations in the study, in the accuracy cache and as Optuna's trials; seconds until the strategy is
   asked for the next child; beside it `Study.get_trials` of Optuna.
-- speed-up: sleeping evaluations, by as many worker processes as said.
+- speed-up: sleeping evaluations, by as many worker processes as said; from the moment that each has its first child.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hwnas.store import Store, database_url
 from tests.postgres import Postgres
 
 SPACE = SearchSpace.load("bignas")
-RECORDED, SAMPLE = 10_000, 100
+RECORDED, SAMPLE = 10_240, 80
 SLEEP_S, SLEEPS = 0.5, 64
 
 
@@ -128,7 +128,7 @@ def optuna_alone(url: str, count: int) -> tuple[float, float]:
 
 
 def record(url: str) -> None:
-    """A study of 10,000 evaluations. Optuna's trials are copies of a few real ones: it would write for minutes."""
+    """A study of so many evaluations. Optuna's trials are copies of some real ones: it would write for minutes."""
     key = study(url)._key
     study(url).explore(Fixed(SAMPLE))
     genes = SPACE.sample_genes(RECORDED, np.random.default_rng(0))
@@ -145,25 +145,19 @@ def record(url: str) -> None:
         common |= {"loss": 0.1, "seconds": 1.0, "created": "2026-01-01T00:00:00+00:00"}
         rows = [{"arch_id": arch.id, "arch": arch.to_dict(), **common} for arch in archs]
         connection.execute(tables.tables["hwnas_evaluations"].insert(), rows)
-        trials = tables.tables["trials"]
-        chosen = sa.select(trials.c.trial_id).join(
-            tables.tables["studies"], tables.tables["studies"].c.study_id == trials.c.study_id
-        )
-        ids = connection.execute(chosen.where(tables.tables["studies"].c.study_name == key)).scalars().all()
-        assert len(ids) == SAMPLE
-        last = connection.execute(sa.select(sa.func.max(trials.c.trial_id))).scalar_one()
-        for copy in range(1, RECORDED // SAMPLE):
-            shift = last - min(ids) + 1 + (copy - 1) * (max(ids) - min(ids) + 1)
+        trials = tables.tables["trials"].c
+        have = SAMPLE
+        while have < RECORDED:
+            shift = connection.execute(sa.select(sa.func.max(trials.trial_id))).scalar_one()
             for name in ("trials", "trial_params", "trial_values", "trial_user_attributes", "trial_system_attributes"):
                 table = tables.tables[name]
-                own = {column.name for column in table.primary_key}
-                columns = [column for column in table.c if column.name == "trial_id" or column.name not in own]
-                moved = [column + shift if column.name == "trial_id" else column for column in columns]
-                if name == "trials":
-                    moved = [column + copy * SAMPLE if column.name == "number" else column for column in columns]
-                    moved[columns.index(table.c.trial_id)] = table.c.trial_id + shift
-                query = sa.select(*moved).where(table.c.trial_id.in_(ids))
-                connection.execute(table.insert().from_select([column.name for column in columns], query))
+                own = set() if name == "trials" else {column.name for column in table.primary_key}
+                added = {"trial_id": shift, "number": have}
+                columns = [column for column in table.c if column.name not in own]
+                moved = [column + added[column.name] if column.name in added else column for column in columns]
+                query = table.insert().from_select([column.name for column in columns], sa.select(*moved))
+                connection.execute(query)
+            have *= 2
     engine.dispose()
 
 
@@ -180,7 +174,7 @@ class Impatient(Fixed):
 
 
 def opening(url: str) -> tuple[float, float, float]:
-    """Seconds until a strategy can go on: wall and processor time, least of 5; and of Optuna to read its trials, once."""
+    """Seconds until a strategy can go on, wall and processor time, least of 5; of Optuna to read its trials, once."""
     seconds = []
     for _ in range(5):
         started, cpu = time.perf_counter(), time.process_time()
@@ -199,30 +193,36 @@ def opening(url: str) -> tuple[float, float, float]:
 # ------------------------------------------------------------ speed-up
 
 
-def worker(url: str, go: Path) -> None:
+def worker(url: str, folder: Path, count: int) -> None:
+    """One of some; the first child of each waits until all have one, so that starting does not count."""
+
     def evaluate(archs: Sequence[Architecture]) -> list[float]:
+        (folder / str(os.getpid())).touch()
+        while len(list(folder.iterdir())) < count:
+            time.sleep(0.005)
         time.sleep(SLEEP_S * len(archs))
         return [0.5] * len(archs)
 
-    shared = study(url, evaluate, at_once=1)
-    print("ready", flush=True)
-    while not go.exists():
-        time.sleep(0.01)
-    shared.explore(Fixed(SLEEPS))
+    study(url, evaluate, at_once=1).explore(Fixed(SLEEPS))
+    print("done", flush=True)
 
 
 def seconds_by(url: str, workers: int) -> float:
+    study(url).explore(Fixed(0))  # makes the tables
     with tempfile.TemporaryDirectory() as folder:
-        go = Path(folder) / "go"
-        words = [sys.executable, __file__, "--worker", url, str(go)]
+        words = [sys.executable, __file__, "--worker", url, folder, str(workers)]
         processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(workers)]
+        while len(list(Path(folder).iterdir())) < workers:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.005)
+        started = time.perf_counter()
         for process in processes:
             assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-        started = time.perf_counter()
-        go.touch()
-        assert [process.wait() for process in processes] == [0] * workers
-        return time.perf_counter() - started
+            assert process.stdout.readline() == "done\n"
+        taken = time.perf_counter() - started
+        for process in processes:
+            process.communicate()
+    return taken
 
 
 # ------------------------------------------------------------ the tables
@@ -232,17 +232,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=200, help="of the overhead")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker[0], Path(options.worker[1]))
+        worker(options.worker[0], Path(options.worker[1]), int(options.worker[2]))
         return
     load = f"{os.getloadavg()[0]:.1f}"
     how = (
         f"{options.evaluations} evaluations for the overhead; the machine was shared: load average {load} at the start"
     )
     lines = heading("A study shared by workers", how)
+    ideal = SLEEPS * SLEEP_S
     lines += [
+        "",
+        f"{SLEEPS} evaluations that sleep {SLEEP_S} s ({ideal:g} s together), {GENERATION} proposed at a time:",
+        "",
+    ]
+    lines += ["| database | workers | s | speed-up against one |", "|---|---|---|---|"]
+    with databases() as urls:
+        names = list(urls)
+    for name in names:
+        alone = 0.0
+        for workers in (1, 2, 4, 8):
+            with databases() as fresh:
+                taken = seconds_by(fresh[name], workers)
+            alone = alone or taken
+            lines.append(f"| {name} | {workers} | {taken:.1f} | {alone / taken:.2f} |")
+            print(lines[-1], flush=True)
+    save(lines, options.output)
+    lines += ["", f"Opening a study with {RECORDED:,} evaluations, s, least of 5:", ""]
+    lines += ["| database | wall | processor time of the worker | Optuna's `get_trials` |", "|---|---|---|---|"]
+    with databases() as urls:
+        for name, url in urls.items():
+            record(url)
+            wall, cpu, theirs = opening(url)
+            lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {theirs:.1f} |")
+            print(lines[-1], flush=True)
+    save(lines, options.output)
+    lines += [
+        "",
         "Overhead of an evaluation, ms, over generations of 8; the last two columns are Optuna alone, which does less:",
         "",
         "| database | wall, median | wall, least | worker's processor time | `add_trial` | queue: add, ask, tell |",
@@ -254,34 +282,12 @@ def main() -> None:
             added, queued = optuna_alone(url, 20)
             lines.append(f"| {name} | {wall:.1f} | {least:.1f} | {cpu:.1f} | {added:.0f} | {queued:.0f} |")
             print(lines[-1], flush=True)
-    ideal = SLEEPS * SLEEP_S
-    lines += [
-        "",
-        f"{SLEEPS} evaluations that sleep {SLEEP_S} s ({ideal:g} s together), {GENERATION} proposed at a time:",
-        "",
-    ]
-    lines += ["| database | workers | s | speed-up against one |", "|---|---|---|---|"]
-    for name in urls:
-        alone = 0.0
-        for workers in (1, 2, 4, 8):
-            with databases() as fresh:
-                taken = seconds_by(fresh[name], workers)
-            alone = alone or taken
-            lines.append(f"| {name} | {workers} | {taken:.1f} | {alone / taken:.2f} |")
-            print(lines[-1], flush=True)
-    lines += ["", f"Opening a study with {RECORDED:,} evaluations, s, least of 5:", ""]
-    lines += ["| database | wall | processor time of the worker | Optuna's `get_trials` |", "|---|---|---|---|"]
-    with databases() as urls:
-        for name, url in urls.items():
-            record(url)
-            wall, cpu, theirs = opening(url)
-            lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {theirs:.1f} |")
-            print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n"
-    if options.output:
-        options.output.write_text(text)
-    else:
-        print(text)
+    save(lines, options.output)
+
+
+def save(lines: Sequence[str], path: Path | None) -> None:
+    if path is not None:
+        path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
