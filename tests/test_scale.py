@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 from hwnas.errors import InputError
 from hwnas.layers import lower, total_macs
+from hwnas.run import Run
 from hwnas.searching.strategies import Scored, Strategy
 from hwnas.searching.study import GENERATION, Study
 from hwnas.store import Store
@@ -258,6 +260,15 @@ def test_four_workers_of_which_one_is_killed(url, tmp_path, alone):
 
 
 # ---------------------------------------------------------------- the command line
+
+
+def test_where_a_run_keeps_its_records(tmp_path, monkeypatch):
+    config = {"hwnas": "0", "space": json.loads(json.dumps(asdict(SPACE))), "storage": "postgresql://in/file"}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert Run(tmp_path).storage_url == "postgresql://in/file"
+    monkeypatch.setenv("HWNAS_STORAGE", "postgresql://in/environment")
+    assert Run(tmp_path).storage_url == "postgresql://in/environment"
+    assert Run(tmp_path, storage="postgresql://in/command").storage_url == "postgresql://in/command"
 
 
 @pytest.mark.slow
