@@ -170,8 +170,12 @@ class Run:
         """
         store = Store(self.storage_url)
         if self.storage_url != self._own_url and (self.path / "hwnas.db").is_file():
-            with Store(self._own_url) as own:
-                store.adopt(own)
+            try:
+                with Store(self._own_url) as own:
+                    store.adopt(own)
+            except BaseException:
+                store.close()
+                raise
         return store
 
     def folder(self, name: str) -> Path:

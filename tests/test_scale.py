@@ -1,11 +1,14 @@
 """Many workers on one study: each child evaluated once, the same answer as one worker gets, also after a kill -9."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 
 from hwnas.errors import InputError
 from hwnas.layers import lower, total_macs
+from hwnas.run import Run
 from hwnas.searching.strategies import Scored, Strategy
 from hwnas.searching.study import GENERATION, Study
 from hwnas.store import Store
@@ -253,3 +257,70 @@ def test_four_workers_of_which_one_is_killed(url, tmp_path, alone):
     assert begun[lost] == 2
     recorded = Counter(trial.user_attrs["id"] for trial in trials(url))
     assert recorded == Counter(expected)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_where_a_run_keeps_its_records(tmp_path, monkeypatch):
+    config = {"hwnas": "0", "space": json.loads(json.dumps(asdict(SPACE))), "storage": "postgresql://in/file"}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert Run(tmp_path).storage_url == "postgresql://in/file"
+    monkeypatch.setenv("HWNAS_STORAGE", "postgresql://in/environment")
+    assert Run(tmp_path).storage_url == "postgresql://in/environment"
+    assert Run(tmp_path, storage="postgresql://in/command").storage_url == "postgresql://in/command"
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_search(tmp_path, server, capsys):
+    """Each with a run folder of its own that was trained and profiled before there was a server; one is killed."""
+    import psycopg
+
+    from hwnas.cli import main
+    from tests.test_cli import SPACE as TINY  # here: the workers of the tests above import this file
+    from tests.test_cli import TRAIN, add_device
+
+    original = tmp_path / "run"
+    add_device(original)
+    (tmp_path / "space.yaml").write_text(json.dumps(TINY))
+    for words in (
+        ["train", "--space", tmp_path / "space.yaml", *TRAIN],
+        ["profile", "--device", "quick", "--children", 8],
+    ):
+        assert main([*map(str, words), "--run", str(original)]) == 0, capsys.readouterr().err
+    url = server.url("machines")
+    options = ["--storage", url, "--study", "both", "--device", "quick", "--latency-ms", "50"]
+
+    def start(folder, *more):
+        words = [sys.executable, "-m", "hwnas", "search", "--run", folder, "--evaluations", "16", *options, *more]
+        return subprocess.Popen(
+            [str(word) for word in words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    folders = [Path(shutil.copytree(original, tmp_path / name)) for name in ("a", "b")]
+    first, second = [start(folder) for folder in folders]
+    with Store(url) as store:
+        wait_for(lambda: any(child.accuracy is not None for child in store.children("both")))
+        first.kill()
+        first.communicate()
+        first = start(folders[0])
+        for worker in (first, second):
+            _, errors = worker.communicate(timeout=200)
+            assert worker.returncode == 0, errors
+        found = store.children("both") + store.children("both, random")
+        measured = [m.arch for m in store.measurements(role="finalist")]
+        assert len(store.measurements(role="fit")) == 8
+    answers = [json.loads((folder / "results" / "quick-50ms.json").read_text()) for folder in folders]
+    for what in ("history", "question"):
+        assert answers[0][what] == answers[1][what]
+    assert answers[0]["best"]["architecture"] == answers[1]["best"]["architecture"]
+    assert len(found) == 32
+    assert len(measured) == len(set(measured)) > 0
+    with psycopg.connect(url) as connection:
+        rows = connection.execute("SELECT arch_id, count(*) FROM hwnas_evaluations GROUP BY arch_id").fetchall()
+        assert {child.arch.id: 1 for child in found} == dict(rows)
+        assert connection.execute("SELECT count(*) FROM trials").fetchone() == (32,)
+    other = start(folders[0], "--seed", "1")
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert "study 'both' asks something else (seed=0 there, 1 now)" in errors.splitlines()[-1]
