@@ -144,6 +144,19 @@ def test_the_strategy_starts_from_what_is_known(world, tmp_path):
     assert set(world.evaluated) != set(other.evaluated)
 
 
+def test_of_very_many_known_children_the_best_are_kept(world, monkeypatch):
+    monkeypatch.setattr("hwnas.searching.searcher.KNOWN", 20)
+    rng = np.random.default_rng(0)
+    known = [Scored(arch, float(rng.uniform())) for arch in dict.fromkeys(SPACE.sample(rng) for _ in range(200))]
+    result = world.searcher(LIMIT, known=lambda: known).run(2, baseline=False)
+    assert result.num_known == 20
+    fitting = [scored for scored in known if latency(scored.arch) <= 0.95 * LIMIT]
+    assert len(fitting) > 20
+    assert result.best.accuracy == max(scored.accuracy for scored in fitting)
+    everything = world.searcher(LIMIT, known=lambda: known[:5], seed=1).run(2, baseline=False)
+    assert everything.num_known <= 5
+
+
 def test_a_search_goes_on_from_what_it_knew_when_it_began(world):
     """What has become known since, also by its own evaluations, changes nothing: the same answer, nothing anew."""
     first = world.searcher(LIMIT, known=world.known).run(12)

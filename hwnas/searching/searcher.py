@@ -21,9 +21,10 @@ from hwnas.searching.result import Candidate, Result, Slope
 from hwnas.searching.strategies import Scored, make_strategy
 from hwnas.searching.study import Study
 from hwnas.searching.targets import Target
-from hwnas.space import Architecture, SearchSpace
+from hwnas.space import Architecture, Genes, SearchSpace
 
 FINALISTS = 4  # measured at a time
+KNOWN = 1000  # children of other searches that a search starts from, at most: strategies learn from them all each time
 
 
 class Searcher:
@@ -86,6 +87,7 @@ class Searcher:
         # and the same search must propose the same children when it goes on after an interruption.
         self.explored = self._bounds(measured=False)
         self.pool: list[Scored] = []  # all that may be the answer
+        self._rows: dict[Architecture, Genes] = {}
 
     def _find_axis(self, front: str | None) -> tuple[str, str | None]:
         if front is None:
@@ -95,6 +97,12 @@ class Searcher:
             first = (latencies or self.limits)[0]
             return first.kind, first.device
         return (front, None) if front in self._layers else ("latency", front)
+
+    def _encode(self, archs: Sequence[Architecture]) -> Genes:
+        """`SearchSpace.encode`, each child once: thousands of known ones are ranked again after every measurement."""
+        new = list(dict.fromkeys(arch for arch in archs if arch not in self._rows))
+        self._rows.update(zip(new, self.space.encode(new), strict=True))
+        return np.stack([self._rows[arch] for arch in archs]) if archs else self.space.encode(())
 
     # ------------------------------------------------------------ costs
 
@@ -108,7 +116,7 @@ class Searcher:
     def keeps(self, archs: Sequence[Architecture]) -> NDArray[np.bool_]:
         """Which children keep the limits, (num_archs,), as measured where they were, and did not fail anywhere."""
         failed = [any(arch in target.failed for target in self.targets.values()) for arch in archs]
-        return np.asarray(self._bounds().feasible(self.space.encode(archs)) & ~np.asarray(failed, dtype=bool))
+        return np.asarray(self._bounds().feasible(self._encode(archs)) & ~np.asarray(failed, dtype=bool))
 
     # ------------------------------------------------------------ the search
 
@@ -179,10 +187,18 @@ class Searcher:
         )
 
     def _known(self) -> list[Scored]:
-        """Known children that are predicted to keep the limits, in order of their ids."""
+        """Known children that are predicted to keep the limits, in order of their ids.
+
+        Of more than `KNOWN`: the front, the most accurate, and as many others, to whom chance gave the first ids.
+        """
         found = sorted(self.known(), key=lambda scored: scored.arch.id)
-        keeps = self.explored.feasible(self.space.encode([scored.arch for scored in found]))
-        return [scored for scored, kept in zip(found, keeps, strict=True) if kept]
+        keeps = self.explored.feasible(self._encode([scored.arch for scored in found]))
+        found = [scored for scored, kept in zip(found, keeps, strict=True) if kept]
+        accuracies = np.array([scored.accuracy for scored in found])
+        costs = self._cost(*self._axis, measured=False).expected(self._encode([scored.arch for scored in found]))
+        best = np.argsort(-accuracies, kind="stable")[: KNOWN // 2]
+        chosen = dict.fromkeys([*pareto(costs, accuracies).tolist(), *best.tolist(), *range(len(found))])
+        return [found[index] for index in sorted(list(chosen)[:KNOWN])]
 
     # ------------------------------------------------------------ exploring
 
@@ -244,7 +260,7 @@ class Searcher:
         )
         return study.explore(proposer, lambda done, note: report(done, f"{strategy}: {note}"), known=known)
 
-    def _size(self, genes: NDArray[np.int8]) -> NDArray[np.float64]:
+    def _size(self, genes: Genes) -> NDArray[np.float64]:
         """The share of the limits that children are expected to use; of a front, of what it ranges over."""
         if not self.whole_front:
             return self.explored.share(genes)
@@ -263,11 +279,11 @@ class Searcher:
         return self._costliest
 
     def _hypervolume(self, scored: Sequence[Scored]) -> list[float]:
-        costs = self._cost(*self._axis, measured=False).expected(self.space.encode([one.arch for one in scored]))
+        costs = self._cost(*self._axis, measured=False).expected(self._encode([one.arch for one in scored]))
         return running_hypervolume(costs / self._range, np.array([one.accuracy for one in scored]))
 
     def _about(self, arch: Architecture) -> tuple[dict[str, Any], dict[str, float]]:
-        genes, layers = self.space.encode([arch]), lower(self.space, arch)
+        genes, layers = self._encode([arch]), lower(self.space, arch)
         told: dict[str, Any] = {"macs": total_macs(layers), "params": total_params(layers)}
         for name, target in self.targets.items():
             mean, std = target.predictor.predict_genes(genes)
@@ -287,7 +303,7 @@ class Searcher:
             LimitError: none of the children keeps the limits as measured.
         """
         archs = [scored.arch for scored in found]
-        genes = self.space.encode(archs)
+        genes = self._encode(archs)
         accuracies = np.array([scored.accuracy for scored in found])
         while True:
             kept = self.keeps(archs)
@@ -330,7 +346,7 @@ class Searcher:
         """Children of the pool that keep the limits, and that no other beats in accuracy and cost, cheapest first."""
         archs = [scored.arch for scored in self.pool]
         kept = [scored for scored, keeps in zip(self.pool, self.keeps(archs), strict=True) if keeps]
-        costs = self._cost(*self._axis).expected(self.space.encode([scored.arch for scored in kept]))
+        costs = self._cost(*self._axis).expected(self._encode([scored.arch for scored in kept]))
         return [kept[index] for index in pareto(costs, np.array([scored.accuracy for scored in kept]))]
 
     def candidate(self, scored: Scored) -> Candidate:
@@ -352,12 +368,12 @@ class Searcher:
         )
 
     def _megabytes(self, kind: str, arch: Architecture) -> int:
-        return round(1e6 * float(self._layers[kind].expected(self.space.encode([arch]))[0]))
+        return round(1e6 * float(self._layers[kind].expected(self._encode([arch]))[0]))
 
     def _slopes(self, scored: Sequence[Scored]) -> dict[str, Slope]:
         """What one more millisecond buys on each device with a latency limit, the others being kept."""
         found = {}
-        genes = self.space.encode([one.arch for one in scored])
+        genes = self._encode([one.arch for one in scored])
         accuracies = np.array([one.accuracy for one in scored])
         over = self._bounds().over(genes)
         for column, limit in enumerate(self.limits):
