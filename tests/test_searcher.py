@@ -113,6 +113,7 @@ def test_the_best_is_measured_and_keeps_the_limit(world):
     assert latency(result.random.architecture) <= LIMIT
     assert result.best.accuracy >= result.random.accuracy
     assert result.num_evaluations == 20
+    assert result.best == result.front[-1]
     assert result.best.macs == total_macs(lower(SPACE, result.best.architecture))
     assert result.measured
     assert result.devices["fake"].measured
@@ -386,6 +387,7 @@ def test_a_front_over_the_whole_range(world):
     accuracies = [candidate.accuracy for candidate in result.front]
     assert accuracies == sorted(accuracies)
     assert costs[-1] > 3 * costs[0]
+    assert result.best == result.front[-1]
     assert result.limits == ()
     assert result.device == "fake"
     assert result.axis == {"kind": "latency", "device": "fake", "unit": "ms"}

@@ -158,15 +158,15 @@ class Searcher:
             "baseline": baseline,
         }
         self.pool = [*found, *known]
-        best = self.confirm(self.pool)
-        if self.whole_front:
-            self._settle_front()
         random = None
         if drawn:
             try:
-                random = self.candidate(self.confirm(drawn))
+                random = self.confirm(drawn)
             except LimitError:
                 self.notice("random search found no child that keeps the limits as measured")
+        best = self.confirm(self.pool)  # last: whatever is measured may change the ranking
+        while self.whole_front and self._settle_front():
+            best = self.confirm(self.pool)
         kind, device = self._axis
         return Result(
             limits=tuple(limit.to_dict() for limit in self.limits),
@@ -175,7 +175,7 @@ class Searcher:
             seed=self.seed,
             best=self.candidate(best),
             front=tuple(self.candidate(scored) for scored in self.front()),
-            random=random,
+            random=None if random is None else self.candidate(random),
             history={name: [one.accuracy for one in scored] for name, scored in explored.items()},
             axis={"kind": kind, "device": device, "unit": self._cost(kind, device).unit},
             num_known=len(known),
@@ -318,7 +318,7 @@ class Searcher:
                 return finalists[0]
 
     def settle(self, archs: Sequence[Architecture], ahead: Sequence[Scored] = ()) -> bool:
-        """Measure children wherever that is possible and was not done; whether anything was.
+        """Measure the first few of some children wherever that is possible and was not done; whether anything was.
 
         Args:
             archs: the children.
@@ -336,9 +336,9 @@ class Searcher:
             wanted = [arch for arch, kept in zip(wanted, self.keeps(wanted), strict=True) if kept]
         return True
 
-    def _settle_front(self) -> None:
-        while any(self.settle([scored.arch]) for scored in self.front()):
-            pass
+    def _settle_front(self) -> bool:
+        """Measure the next few members of the front; whether any had to be."""
+        return self.settle([scored.arch for scored in self.front()])
 
     # ------------------------------------------------------------ telling
 
