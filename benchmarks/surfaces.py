@@ -96,11 +96,10 @@ def settings(space: SearchSpace) -> Callable[[Genes], Floats]:
 
     def of(genes: Genes) -> Floats:
         relative = genes / scale
-        columns = [
-            np.where(genes[:, group] >= 0, relative[:, group], 0).sum(axis=1)
-            / np.maximum((genes[:, group] >= 0).sum(axis=1), 1)
-            for group in groups.values()
-        ]
+        columns = []
+        for group in groups.values():
+            present = genes[:, group] >= 0
+            columns.append(np.where(present, relative[:, group], 0).sum(axis=1) / np.maximum(present.sum(axis=1), 1))
         return np.stack(columns, axis=1)
 
     return of

@@ -62,6 +62,8 @@ class Guided(Strategy):
         genes, accuracies = self.arrays(history)
         if len(history) < self._wanted:
             return self.fill(chain([self._first], self.random(rng)), genes, count)
+        if not len(self._first):  # nothing keeps the limits
+            return []
         model = AccuracyModel(self._features, genes, accuracies)
         boldness = BOLDNESS * max(0.0, 1 - len(history) / self.budget)
         candidates = self._evolve(model, genes, accuracies, boldness, rng)
