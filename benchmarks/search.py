@@ -43,7 +43,7 @@ def digest(surface: Surface, name: str) -> str:
     package = Path(inspect.getfile(type(strategy)))
     sources = {package, package.with_name("sampling.py")}
     if name == "guided":
-        sources |= {package.with_name(file) for file in ("accuracy_model.py", "coarse_to_fine.py")}
+        sources |= {package.with_name(file) for file in ("accuracy_model.py", "coarse_to_fine.py", "fronts.py")}
     parts = [surface.told(genes).round(6).tobytes(), repr(surface.limit).encode()]
     return hashlib.sha256(b"".join(parts + [file.read_bytes() for file in sorted(sources)])).hexdigest()[:12]
 

@@ -219,10 +219,11 @@ def test_sampler_reaches_limits_that_uniform_draws_never_keep():
 
 def test_by_rank_peels_fronts():
     found, sizes = np.array([0.5, 0.6, 0.4, 0.6, 0.3]), np.array([0.2, 0.5, 0.1, 0.6, 0.3])
-    assert by_rank(found, None).tolist() == [1, 3, 0, 2, 4]
-    ranks = by_rank(found, sizes).tolist()
+    assert by_rank(found, None, 9).tolist() == [1, 3, 0, 2, 4]
+    ranks = by_rank(found, sizes, 9).tolist()
     assert set(ranks[:3]) == {0, 1, 2}
     assert set(ranks) == set(range(5))
+    assert by_rank(found, sizes, 2).tolist() == ranks[:2]
 
 
 def test_gains_are_differences_of_hypervolumes():

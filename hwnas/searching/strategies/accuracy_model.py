@@ -139,9 +139,11 @@ class AccuracyModel:
         self, points: FloatArray, choices: FloatArray, others: FloatArray, other_choices: FloatArray
     ) -> FloatArray:
         distances = np.sqrt(5 * _squares(points / self._lengths, others / self._lengths))
-        smooth = (1 + distances + distances**2 / 3) * np.exp(-distances)
-        linear = points @ others.T / points.shape[1]
-        return np.asarray(self._linear * linear + self._additive * (choices @ other_choices.T) + self._smooth * smooth)
+        found = np.exp(-distances)
+        found *= self._smooth + self._smooth * distances * (1 + distances / 3)
+        found += points @ (self._linear / points.shape[1] * others).T
+        found += choices @ (self._additive * other_choices).T
+        return np.asarray(found)
 
     def _noisy_covariance(self, points: FloatArray, choices: FloatArray) -> FloatArray:
         found = self._covariance(points, choices, points, choices)
