@@ -242,6 +242,7 @@ def test_transfer_finds_its_sources(run, capsys):
     code, out, _ = run_cli(capsys, "fit", "--device", "cpu", "--kind", "transfer")
     assert code == 0
     assert "transfer is from galaxy-note10" in out
+    (run.path / "predictors" / "cpu.energy.json").write_bytes((run.path / "predictors" / "cpu.json").read_bytes())
     made = api.fit("galaxy-note10", kind="transfer")
     assert made.choice.endswith("transfer is from cpu, published measurements of Samsung Galaxy Note10")
 

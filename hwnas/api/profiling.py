@@ -224,6 +224,8 @@ def known_machines(run: Run, target: Device) -> dict[str, LatencyPredictor]:
     """
     known = {}
     for path in sorted((run.path / "predictors").glob("*.json")):
+        if path.stem.endswith(".energy"):  # predicts energy, see `hwnas.api`
+            continue
         try:
             predictor = load_predictor(path)
         except InputError:  # of another version, or damaged: only its own device needs it
