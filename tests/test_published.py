@@ -315,6 +315,23 @@ def test_ncnn_layers_add_up(tables):
         assert sample.features[macs].sum() / 1e6 == pytest.approx(published[sample.name], rel=1e-6)
 
 
+def test_a_family_left_out_is_not_known_to_any_device(tables):
+    import published
+
+    start, samples = published.CLASSES["TensorFlow Lite, GPUs"]
+    data = {name: published.Measured.of(found) for name, found in samples().items()}
+    mean, spread = np.log(published.DEFAULT_MACHINES[start]), published.Spread(0.4, 0.3, 0.03)
+    before = published.left_out(data, mean, spread)["Pixel 3, GPU"]
+    slower = {}
+    for name, one in data.items():
+        factor = np.where(one.families == "mnasnet_hosted", 10.0, 1.0)
+        slower[name] = replace(one, latency_ms=one.latency_ms * factor)
+    changed = published.left_out(slower, mean, spread)["Pixel 3, GPU"] - before
+    family = data["Pixel 3, GPU"].families == "mnasnet_hosted"
+    assert changed[family] == pytest.approx(np.log(10))
+    assert np.abs(changed[~family]).max() > 0.1  # these were fitted beside it
+
+
 def test_the_script_makes_what_ships(tables):
     import published
 
