@@ -166,6 +166,15 @@ def test_a_device_of_ones_own_that_differs_is_not_served(run, key, value):
         run.predictor("galaxy-note10")
 
 
+def test_a_file_that_has_a_catalogue_name(run, tmp_path):
+    file = tmp_path / "galaxy-note10.yaml"
+    file.write_text(yaml.safe_dump({"base": "galaxy-note10"}))
+    assert run.predictor(file).source
+    file.write_text(yaml.safe_dump({"base": "galaxy-note10", "precision": "int8"}))
+    with pytest.raises(InputError, match="no latency predictor for 'galaxy-note10'"):
+        run.predictor(file)
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_standing_in_needs_the_same_precision(run, precision):
     run.folder("devices")
