@@ -513,7 +513,8 @@ def report(fitted: dict[str, FittedClass]) -> list[str]:
             {np.sqrt((np.log(ratios) ** 2).mean()):.2f}; all other errors of that network are in these figures."""),
         prose(f"""- Spread of single costs / of kinds / noise (log std), as chosen by the error on families left out,
             mean
-            over a class: {spreads}. With 12 to choose from, `family` is that much too good."""),
+            over a class: {spreads}. They were chosen from 12 by the errors of `family`, which are a little too good
+            by that."""),
         "",
         *jetsons(fitted["ncnn, GPUs"]),
         "## Networks as layers",
