@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from hwnas.layers import IMAGE, Feature, Kind, Layer, Segment, segments
 from hwnas.space import Architecture, Block, Gene, Genes, SearchSpace, Stage
 
+# Sums of a table of blocks (shared/data/latency/README.md): no end-to-end measurements.
+SUMS = ("eyeriss", "pixel3", "raspi4")
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data" / "latency"
 
 

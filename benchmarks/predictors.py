@@ -23,7 +23,7 @@ from typing import Any
 import latency_tables
 import numpy as np
 from environment import heading
-from latency_tables import Table, family, fbnet, fbnet_macs, ofa
+from latency_tables import SUMS, Table, family, fbnet, fbnet_macs, ofa
 from numpy.typing import NDArray
 
 from hwnas import layers, predictors
@@ -34,8 +34,6 @@ from hwnas.space import SearchSpace
 HELD_OUT, SOURCE_SIZE = 500, 300
 KINDS = ("macs", "lookup", "prior", "gp", "xgboost", "auto", "transfer")
 SLOW = ("auto", "transfer", "xgboost")
-# Sums of a table of blocks (shared/data/latency/README.md): no end-to-end measurements.
-SUMS = ("eyeriss", "pixel3", "raspi4")
 ROUNDED = ("pixel2", "samsung_a50")  # whole milliseconds
 MEASURES = ("spearman", "within_10_pct", "within_5_pct", "mape_pct", "coverage_90")
 Key = tuple[str, str, str, int, int]  # table, device, kind, size, seed

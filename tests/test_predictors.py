@@ -614,6 +614,42 @@ def test_process_predicts_by_table_what_the_covariances_say():
     np.testing.assert_allclose(std, np.sqrt(variance), rtol=0.15)  # of the covariance a part is approximated
 
 
+def test_process_knows_how_networks_vary_together():
+    process, noise = process_problem()
+    sums, new = feature_sums(TINY), TEST[:8]
+    found = replace(FOUND, network_std=1e-6)  # that part is standardised by the measured networks
+    both = LayerProcess(
+        sums, MACHINE, sums.counts(TINY.encode([*TRAIN[:12], *new])), np.ones(20), process.log_rates
+    )  # fmt: skip
+    joint = both.covariance(found, np.zeros(20))
+    explained = joint[12:, :12] @ np.linalg.solve(process.covariance(found, noise), joint[:12, 12:])
+    covariance = process.posterior(sums.counts(TINY.encode(new)), found, noise)
+    np.testing.assert_allclose(covariance, joint[12:, 12:] - explained, atol=1e-6)
+
+
+def test_process_knows_the_variance_of_what_networks_have_in_common():
+    process, noise = process_problem()
+    found = replace(FOUND, network_std=0.1)
+    prior, covariance = process.covariance(found, 0 * noise), process.covariance(found, noise)
+    left = prior - prior @ np.linalg.solve(covariance, prior)
+    counts = feature_sums(TINY).counts(TINY.encode(TRAIN[:12]))
+    np.testing.assert_allclose(process.posterior(counts, found, noise), left, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gp", "auto", "transfer"])
+def test_measuring_one_network_tells_of_others(kind, other_devices):
+    sources = other_devices if kind == "transfer" else ()
+    predictor = make_predictor(kind, TINY, sources).fit(TRAIN[:20], machine_ms(TRAIN[:20], 0.02))
+    covariance, noise_var = predictor.covariance_genes(TINY.encode(TEST))
+    np.testing.assert_allclose(covariance, covariance.T, atol=1e-9)
+    assert np.linalg.eigvalsh(covariance).min() > -1e-9
+    assert noise_var > 0
+    with pytest.raises(NotFittedError):
+        make_predictor(kind, TINY, sources).covariance_genes(TINY.encode(TEST))
+    with pytest.raises(InputError, match="kind 'macs' does not know how networks vary together: fit one of kind gp"):
+        make_predictor("macs", TINY).fit(TRAIN, machine_ms(TRAIN)).covariance_genes(TINY.encode(TEST))
+
+
 def test_process_counts_what_networks_have_in_common_once():
     process, noise = process_problem()
     found = replace(FOUND, network_std=0.1)

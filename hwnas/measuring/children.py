@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,27 +39,43 @@ def choose_children(
     ends = [space.smallest(), space.largest()]
     if count <= 2:
         return list(dict.fromkeys(ends))[:count]
-    genes = np.unique(np.concatenate([space.encode(ends), _candidates(space, num_candidates, rng)]), axis=0)
+    genes = np.unique(np.concatenate([space.encode(ends), spread_candidates(space, num_candidates, rng)]), axis=0)
     if macs is None:
         macs = LayerSums(space, lambda layer: (layer.macs,))
     size = np.log(macs(genes).reshape(len(genes)))
     taken = {int(np.flatnonzero((genes == row).all(axis=1))[0]): None for row in space.encode(ends)}  # in order
+    return [space.decode(genes[row]) for row in spread_rows(space, genes, size, list(taken), count)]
+
+
+def spread_rows(
+    space: SearchSpace, genes: Genes, size: NDArray[np.float64], first: Sequence[int], count: int
+) -> list[int]:
+    """Of candidates, rows that are spread evenly over sizes and choices, `first` first, as `choose_children` says.
+
+    Args:
+        space: the search space.
+        genes: of the candidates, (num_archs, num_genes).
+        size: of the candidates, log-MACs, (num_archs,).
+        first: two rows or more.
+        count: of rows, more than two; fewer are returned where there are fewer.
+    """
+    taken = list(first)
     edges = np.linspace(size.min(), size.max(), count - 1)
     parts = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, count - 3)
     free = np.ones(len(genes), dtype=bool)
-    free[list(taken)] = False
+    free[taken] = False
     for part in _bisecting_order(count - 2):
         if not free.any():
             break
         gaps = np.abs(parts - part)  # where a part has no candidate, those of the nearest part that has one
         near = np.flatnonzero(free & (gaps == gaps[free].min()))
-        best = int(near[np.argmax(_rarity(space, genes[near], genes[list(taken)]))])
+        best = int(near[np.argmax(_rarity(space, genes[near], genes[taken]))])
         free[best] = False
-        taken[best] = None
-    return [space.decode(genes[row]) for row in taken]
+        taken.append(best)
+    return taken
 
 
-def _candidates(space: SearchSpace, count: int, rng: np.random.Generator) -> Genes:
+def spread_candidates(space: SearchSpace, count: int, rng: np.random.Generator) -> Genes:
     """Random children of all sizes as genes, (count, num_genes).
 
     Each leans to small or big choices as a whole, and each of its choices a little by itself.

@@ -65,3 +65,6 @@ class AutoPredictor(LatencyPredictor):
 
     def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
         return make_predictor(learned["kind"], self.space)._costs_ms(learned["learned"])
+
+    def _covariance(self, learned: dict[str, Any], genes: Genes) -> tuple[FloatArray, float]:
+        return make_predictor(learned["kind"], self.space)._covariance(learned["learned"], genes)

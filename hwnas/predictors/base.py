@@ -148,6 +148,16 @@ class LatencyPredictor(ABC):
         """
         raise InputError(f"a predictor of kind {self.kind!r} does not know what single layers cost: fit one of kind gp")
 
+    def _covariance(self, learned: dict[str, Any], genes: Genes) -> tuple[FloatArray, float]:
+        """What `covariance_genes` returns.
+
+        Raises:
+            InputError: the kind does not know.
+        """
+        raise InputError(
+            f"a predictor of kind {self.kind!r} does not know how networks vary together: fit one of kind gp"
+        )
+
     # ------------------------------------------------------ what callers use
 
     def fit(
@@ -211,6 +221,24 @@ class LatencyPredictor(ABC):
         if self._predict is None:
             raise self._not_fitted()
         return self._predict(genes)
+
+    def covariance_genes(self, genes: Genes) -> tuple[FloatArray, float]:
+        """What measuring one network tells of others: for choosing which to measure.
+
+        Args:
+            genes: (num_archs, num_genes), some thousands at most.
+
+        Returns:
+            The covariance of the logarithms of the networks' latencies, (num_archs, num_archs), and the variance of a
+            measurement's noise.
+
+        Raises:
+            NotFittedError: before `fit`.
+            InputError: the kind does not know.
+        """
+        if self._learned is None:
+            raise self._not_fitted()
+        return self._covariance(self._learned, genes)
 
     def breakdown_ms(self, arch: Architecture) -> list[tuple[Layer, float]]:
         """Where the milliseconds go: the layers of a child in order of execution, each with its cost.

@@ -9,7 +9,7 @@ import numpy as np
 from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
 from hwnas.predictors.features import by_name, feature_sums, from_names
 from hwnas.predictors.prior import DEFAULT_MACHINES
-from hwnas.predictors.process import KnownMachine, fit_layers, process_costs_ms, process_model
+from hwnas.predictors.process import KnownMachine, fit_layers, process_costs_ms, process_covariance, process_model
 from hwnas.space import Genes
 
 # Between a mobile core and an accelerator the ratio of arithmetic to memory changes by such factors (exp(1.5) = 4.5).
@@ -35,6 +35,9 @@ class GpPredictor(LatencyPredictor):
 
     def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
         return process_costs_ms(feature_sums(self.space), self._machines(learned["machines_ms"]), learned)
+
+    def _covariance(self, learned: dict[str, Any], genes: Genes) -> tuple[FloatArray, float]:
+        return process_covariance(feature_sums(self.space), self._machines(learned["machines_ms"]), learned, genes)
 
     def _machines(self, rates_ms: list[dict[str, float]]) -> list[KnownMachine]:
         layers = feature_sums(self.space).layer_features

@@ -190,6 +190,26 @@ class LayerProcess:
         variance = 1 / np.diag(inverse)
         return inverse @ self.targets * variance, variance + found.noise_std**2 * (1 - noise)
 
+    def posterior(self, counts: csr_array, found: Hyperparameters, noise: FloatArray) -> FloatArray:
+        """Covariance of the log latencies of other networks, (num_archs, num_archs); equation 2.24.
+
+        Args:
+            counts: how often each layer is in each of them, (num_archs, num_layers).
+            found: hyperparameters.
+            noise: as for `covariance`, of the measured networks.
+        """
+        total_ms = counts @ self._layer_ms
+        shares = counts.multiply(1 / total_ms[:, None]).tocsr()
+        functions = self._network_functions(self._network(total_ms, counts @ self._launch_ms))
+        by_shape = shares @ self._shapes
+        prior = found.shape_std**2 * (by_shape @ by_shape.T).toarray() + found.network_std**2 * functions @ functions.T
+        rates, smooth = shares @ self._costs, shares @ self._smooth
+        prior += rates @ self._rates_covariance(found) @ rates.T + found.smooth_std**2 * smooth @ smooth.T
+        to_measured = shares @ self._to_measured(found) + found.network_std**2 * functions @ self._by_network.T
+        lower = cholesky(self.covariance(found, noise), lower=True)
+        explained = solve_triangular(lower, to_measured.T, lower=True)
+        return np.asarray(prior - explained.T @ explained)
+
     def rates(self, found: Hyperparameters, noise: FloatArray) -> FloatArray:
         """The most probable log rates, (num_features,); equation 2.25."""
         alpha = np.linalg.solve(self.covariance(found, noise), self.targets)
@@ -426,6 +446,21 @@ def process_costs_ms(sums: FeatureSums, machines: Sequence[KnownMachine], learne
         (p * process.costs_ms(found, noise) for p, process, found, noise in _members(sums, machines, learned)),
         start=np.zeros((len(sums.layers), len(FEATURE_NAMES))),
     )
+
+
+def process_covariance(
+    sums: FeatureSums, machines: Sequence[KnownMachine], learned: dict[str, Any], genes: Genes
+) -> tuple[FloatArray, float]:
+    """Covariance of the log latencies of networks, (num_archs, num_archs), and the variance of a measurement's noise.
+
+    Means over the machines that `fit_layers` kept.
+    """
+    counts = sums.counts(genes)
+    total, noise_var = np.zeros((len(genes), len(genes))), 0.0
+    for probability, process, found, noise in _members(sums, machines, learned):
+        total += probability * process.posterior(counts, found, noise)
+        noise_var += probability * found.noise_std**2
+    return total, noise_var
 
 
 def _members(

@@ -12,7 +12,7 @@ from hwnas.errors import InputError
 from hwnas.predictors import make_predictor
 from hwnas.predictors.base import FloatArray, LatencyPredictor, Model
 from hwnas.predictors.features import feature_sums
-from hwnas.predictors.process import KnownMachine, fit_layers, process_costs_ms, process_model
+from hwnas.predictors.process import KnownMachine, fit_layers, process_costs_ms, process_covariance, process_model
 from hwnas.space import Genes, SearchSpace
 
 # Devices of one family differ in the ratio of arithmetic to memory less than any two machines do.
@@ -66,3 +66,6 @@ class TransferPredictor(LatencyPredictor):
 
     def _costs_ms(self, learned: dict[str, Any]) -> FloatArray:
         return process_costs_ms(feature_sums(self.space), self._machines(learned["sources"]), learned)
+
+    def _covariance(self, learned: dict[str, Any], genes: Genes) -> tuple[FloatArray, float]:
+        return process_covariance(feature_sums(self.space), self._machines(learned["sources"]), learned, genes)
