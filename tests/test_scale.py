@@ -157,7 +157,7 @@ def test_another_question_under_a_name_is_refused(url):
 
 @pytest.mark.parametrize("name", ["", " ", "a\x1b[2J", "x" * 513])
 def test_names_that_cannot_be_shown_are_refused(tmp_path, name):
-    with pytest.raises(InputError, match="study name '.*': must have 1 to 512 printable characters"):
+    with pytest.raises(InputError, match=r"study name '.*': must have 1 to 512 printable characters"):
         Study(SPACE, f"sqlite:///{tmp_path}/hwnas.db", name, 0, evaluate=list, about=list, named=True)
 
 

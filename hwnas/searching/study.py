@@ -74,7 +74,7 @@ class Study:
         self._url, self._evaluate, self._about, self._notice = storage_url, evaluate, about, notice
         self._question = json.loads(json.dumps(question))  # as the database will return it
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
-        self._key = name if named else f"{name} {digest}"
+        self._key = name if named else f"{name[:400]} {digest}"
         if not (name.strip() and name.isprintable() and len(self._key) <= LONGEST_NAME):
             raise InputError(f"study name {shorten(name, 60)!r}: must have 1 to {LONGEST_NAME} printable characters")
 
