@@ -79,8 +79,10 @@ class Run:
         supernet.safetensors   the trained weights
         hwnas.db               measurements, evaluations, Optuna's studies
         predictors/            one JSON file a device
+        plots/                 predicted against measured, by device
         results/               what searches found
         exports/               deployable files
+        report.html, report/   the report and its plots
         cache/                 downloaded data sets, prepared images
 
     Args:

@@ -20,9 +20,10 @@ from hwnas.errors import DeviceError, InputError
 from hwnas.measurement import Measurement, Role
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
-from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, make_predictor
+from hwnas.predictors import LatencyPredictor, PredictionReport, left_out_predictions, make_predictor
 from hwnas.predictors import report as prediction_report
 from hwnas.progress import Report, silent
+from hwnas.report.fit import FitPoint, fit_points, save_fit
 from hwnas.run import Run, RunConfig
 from hwnas.space import Architecture, SearchSpace
 from hwnas.store import Store
@@ -42,6 +43,8 @@ class Profile:
         write_s, run_s: seconds that a child took to write and to measure, median.
         cross_validation: errors on children left out of the fit in turn.
         holdout: errors on fresh random children measured for this only; None if there are none.
+        points: predicted against measured, of the children of both.
+        plots: the files that show them, the one to look at first.
     """
 
     device: str
@@ -55,6 +58,8 @@ class Profile:
     run_s: float
     cross_validation: PredictionReport
     holdout: PredictionReport | None
+    points: tuple[FitPoint, ...] = ()
+    plots: tuple[Path, ...] = ()
 
     @property
     def choice(self) -> str:
@@ -76,6 +81,8 @@ class Profile:
             "run_s": self.run_s,
             "cross_validation": asdict(self.cross_validation),
             "holdout": self.holdout and asdict(self.holdout),
+            "points": [point.to_dict() for point in self.points],
+            "plots": [str(path) for path in self.plots],
         }
 
 
@@ -230,14 +237,17 @@ def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Prof
         )
     archs, latency_ms = [m.arch for m in train], [m.latency_ms for m in train]
     predictor = make_predictor(kind, run.space).fit(archs, latency_ms)
-    validated = cross_validate(
+    left_out = left_out_predictions(
         lambda: make_predictor(kind, run.space), archs, latency_ms, folds=5, rng=np.random.default_rng(0)
     )
+    points = fit_points("cross-validation", archs, latency_ms, *left_out)
     tested = None
     if test:
         mean, std = predictor.predict([m.arch for m in test])
         tested = prediction_report([m.latency_ms for m in test], mean, std)
+        points += fit_points("held out", [m.arch for m in test], [m.latency_ms for m in test], mean, std)
     predictor.save(run.predictor_path(device))
+    plots = save_fit(device, points, run.path / "plots")
     others = [busy for m in used if (busy := m.others_busy) is not None]
     return Profile(
         device=device,
@@ -249,8 +259,10 @@ def _fit(run: Run, device: str, timing: Timing, store: Store, kind: str) -> Prof
         others_busy=float(np.median(others)) if others else None,
         write_s=float(np.median([m.write_s for m in used])),
         run_s=float(np.median([m.run_s for m in used])),
-        cross_validation=validated,
+        cross_validation=prediction_report(latency_ms, *left_out),
         holdout=tested,
+        points=tuple(points),
+        plots=tuple(plots),
     )
 
 
