@@ -245,7 +245,7 @@ def _searches(found: Findings) -> Section:
             plots.append(_history(f"hypervolume-{name}", title, y, result.hypervolume, result.strategy))
     return Section(
         id="history",
-        title="How the searches went",
+        title="Search history",
         text="The best accuracy found so far, beside random search under the same limits.",
         plots=tuple(plots),
     )
@@ -453,7 +453,8 @@ def _device_facts(found: Findings, device: str) -> Facts:
     if predictor is not None and predictor.statistics is not None:
         error = predictor.statistics.left_out_pct
         typical = "" if error is None else f", typical error {error:.1f}% when left out"
-        fitted = f"{predictor.kind}, fitted to {predictor.statistics.num_samples} measurements{typical}"
+        choice = getattr(predictor, "choice", "")  # auto tells
+        fitted = f"{choice or predictor.kind}, fitted to {predictor.statistics.num_samples} measurements{typical}"
         facts.append(("Predictor", fitted))
     sources = [one.devices[device].source for one in found.results.values() if device in one.devices]
     facts += [("Source", source) for source in dict.fromkeys(sources) if source]

@@ -38,7 +38,7 @@ function scaled(value) {
 
 function withUnit(value, unit) {
   if (Number.isInteger(value) && !unit) return String(value);
-  return digits(value, unit === "%" ? 4 : 4) + (unit ? ` ${unit}` : "");
+  return digits(value, 4) + (unit ? ` ${unit}` : "");
 }
 
 /** About `count` round numbers that span low to high. */
@@ -149,15 +149,17 @@ function chartPlot(chart) {
 
     if (chart.band) {
       const edge = (x, share) => chart.band === "ratio" ? x * (1 + share) : 100 * share;
-      const clip = (y) => Math.min(bottom, Math.max(inner.top, toY(y)));
-      // Straight pieces short enough that clipping each end does not show.
-      const xs = Array.from({ length: 41 }, (_, index) => xLow + (xHigh - xLow) * index / 40);
-      const upper = xs.map((x) => `${toX(x)} ${clip(edge(x, 0.1))}`), lower = xs.map((x) => `${toX(x)} ${clip(edge(x, -0.1))}`);
-      put(svg, shape("path", { class: "band", d: `M${upper.join("L")}L${lower.reverse().join("L")}Z` }));
+      const corners = [[xLow, 0.1], [xHigh, 0.1], [xHigh, -0.1], [xLow, -0.1]];
+      const clip = put(svg, shape("clipPath", { id: `inside-${chart.name}` }));
+      put(clip, shape("rect", { x: inner.left, y: inner.top, width: right - inner.left, height: bottom - inner.top }));
+      put(svg, shape("path", {
+        class: "band", "clip-path": `url("#${CSS.escape(`inside-${chart.name}`)}")`,
+        d: `M${corners.map(([x, share]) => `${toX(x)} ${toY(edge(x, share))}`).join("L")}Z`,
+      }));
       const from = chart.band === "ratio" ? Math.max(xLow, yLow) : xLow, to = chart.band === "ratio" ? Math.min(xHigh, yHigh) : xHigh;
       put(svg, shape("line", { class: "even", x1: toX(from), x2: toX(to), y1: toY(edge(from, 0)), y2: toY(edge(to, 0)) }));
     }
-    for (const tick of ticks(yLow, yHigh, height / 60)) {
+    for (const tick of ticks(yLow, yHigh, height / 50)) {
       put(svg, shape("line", { class: "grid", x1: inner.left, x2: right, y1: toY(tick.value), y2: toY(tick.value) }));
       put(svg, shape("text", { x: inner.left - 8, y: toY(tick.value) + 4, "text-anchor": "end" }, tick.text));
     }
@@ -248,16 +250,10 @@ function clamp(value, low, high) { return Math.min(high, Math.max(low, value)); 
 function axisText(axis) { return axis.unit ? `${axis.label} (${axis.unit})` : axis.label; }
 
 function tipOf(chart, point) {
-  const rows = [[chart.x.label, withUnit(point.x, chart.x.unit)], [chart.y.label, withUnit(point.y, chart.y.unit)]];
-  if (point.std !== undefined) rows.push(["standard deviation", withUnit(point.std, chart.y.unit)]);
   const child = contents.children[point.child];
-  if (child) {
-    const seen = new Set(["latency"]);
-    for (const [name, value, remark] of childFigures(child)) {
-      if (chart.y.label === "validation accuracy" && name === "Accuracy") continue;
-      rows.push([remark && !seen.has(remark) ? `${name}, ${remark}` : name, value]);
-    }
-  }
+  let rows = [[chart.x.label, withUnit(point.x, chart.x.unit)], [chart.y.label, withUnit(point.y, chart.y.unit)]];
+  if (point.std !== undefined) rows.push(["standard deviation", withUnit(point.std, chart.y.unit)]);
+  else if (child) rows = childFigures(child).map(([name, value, remark]) => [remark ? `${name}, ${remark}` : name, value]);
   const made = element("div", { class: "tip" }, element("b", {}, point.series.name));
   const list = put(made, element("dl"));
   for (const [name, value] of rows) list.append(element("dt", {}, name), element("dd", {}, value));
@@ -282,7 +278,7 @@ function barPlot(plot) {
   const words = plot.bars.map(([label], index) => `${label} ${digits(totals[index], 3)}`).join(", ");
   const box = element("div", { class: "plot", role: "img", "aria-label": `${plot.title}, ${axisText(plot.value)}: ${words}` });
   function draw(width) {
-    const row = 26, left = 62, right = 104, height = row * plot.bars.length + 6;
+    const row = 26, left = 62, right = 132, height = row * plot.bars.length + 6;
     const scale = (width - left - right) / Math.max(...totals);
     const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
     plot.bars.forEach(([label, values], index) => {
@@ -394,10 +390,10 @@ function drawing(child) {
   parts.push({ name: "head", channels: arch.head, size: null, end: true, blocks: [null] });
 
   function draw(width) {
-    const left = 54, gap = 16, high = 104, line = high + 92;
-    const count = parts.reduce((sum, part) => sum + part.blocks.length, 0);
-    const block = clamp((width - left - gap * (parts.length - 1)) / count, 22, 44);
-    const wide = (part) => Math.max(part.blocks.length * block, 34);
+    const left = 44, gap = width < 480 ? 6 : 10, end = width < 480 ? 28 : 32, high = 104, line = high + 92;
+    const count = arch.stages.reduce((sum, stage) => sum + stage.blocks.length, 0);
+    const block = clamp((width - left - gap * (parts.length - 1) - 3 * end) / count, width < 480 ? 12 : 15, 40);
+    const wide = (part) => Math.max(part.blocks.length * (part.end ? end - 6 : block), part.end ? end : 24);
     const rows = [[]];
     let x = left;
     for (const part of parts) {
@@ -405,21 +401,21 @@ function drawing(child) {
       rows.at(-1).push([part, x]);
       x += wide(part) + gap;
     }
-    const svg = shape("svg", { viewBox: `0 0 ${width} ${line * rows.length - 12}`, height: line * rows.length - 12, "aria-hidden": "true" });
+    const svg = shape("svg", { viewBox: `0 0 ${width} ${line * rows.length - 6}`, height: line * rows.length - 6, "aria-hidden": "true" });
     rows.forEach((row, number) => {
       const ground = number * line + high + 18;
       ["stage", "kernel", "expand", "pixels"].forEach((name, index) => put(svg, shape("text", { x: 0, y: ground + 17 + 15 * index }, name)));
       for (const [part, start] of row) {
         const tall = Math.max(3, high * Math.min(1, (part.channels || 0) / tallest)), middle = start + wide(part) / 2;
-        const from = middle - part.blocks.length * block / 2;
+        const step = part.end ? end - 6 : block, from = middle - part.blocks.length * step / 2;
         if (part.room) {
           const room = high * part.room / tallest;
-          put(svg, shape("rect", { class: "room", x: from, y: ground - room, width: part.blocks.length * block - 2, height: room }));
+          put(svg, shape("rect", { class: "room", x: from, y: ground - room, width: part.blocks.length * step - 2, height: room }));
         }
         part.blocks.forEach((one, index) => {
-          const at = from + index * block;
+          const at = from + index * step;
           const dark = part.end ? {} : { "fill-opacity": most > least ? 0.35 + 0.65 * (one.expand - least) / (most - least) : 0.8 };
-          put(svg, shape("rect", { class: part.end ? "end" : "block", x: at, y: ground - tall, width: block - 2, height: tall, rx: 1.5, ...dark }));
+          put(svg, shape("rect", { class: part.end ? "end" : "block", x: at, y: ground - tall, width: step - 2, height: tall, rx: 1.5, ...dark }));
           if (!part.end) {
             put(svg, shape("text", { x: at + block / 2 - 1, y: ground + 32, "text-anchor": "middle" }, `${one.kernel}`));
             put(svg, shape("text", { x: at + block / 2 - 1, y: ground + 47, "text-anchor": "middle" }, `${one.expand}`));
@@ -429,8 +425,8 @@ function drawing(child) {
         put(svg, shape("text", { class: "label", x: middle - 1, y: ground + 17, "text-anchor": "middle" }, part.name));
         if (part.size !== null) put(svg, shape("text", { x: middle - 1, y: ground + 62, "text-anchor": "middle" }, String(part.size)));
       }
-      const end = row.at(-1);
-      put(svg, shape("line", { class: "ground", x1: left, x2: end[1] + wide(end[0]), y1: ground, y2: ground }));
+      const [last, start] = row.at(-1);
+      put(svg, shape("line", { class: "ground", x1: left, x2: start + wide(last), y1: ground, y2: ground }));
     });
     box.replaceChildren(svg);
   }
@@ -509,6 +505,9 @@ function main() {
   for (const section of contents.sections) { link(section.id, section.title); put(body, sectionOf(section)); }
   document.querySelector("footer").textContent = `Written ${contents.created}. This page is one file and needs no network.`;
   follow();
+  // The drawings have their heights only now, so that the browser could not find its way before.
+  const target = document.getElementById(location.hash.slice(1));
+  if (target) requestAnimationFrame(() => requestAnimationFrame(() => target.scrollIntoView({ behavior: "instant" })));
   document.documentElement.dataset.drawn = "yes";
 }
 
