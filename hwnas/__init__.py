@@ -14,18 +14,26 @@ _MODULES = {
     "Block": "hwnas.space",
     "Candidate": "hwnas.searching.result",
     "DeviceError": "hwnas.errors",
+    "EnergyLimit": "hwnas.searching.limits",
+    "Estimate": "hwnas.searching.result",
     "ExportError": "hwnas.errors",
     "InputError": "hwnas.errors",
+    "LatencyLimit": "hwnas.searching.limits",
     "LatencyPredictor": "hwnas.predictors",
     "Layer": "hwnas.layers",
     "LimitError": "hwnas.errors",
+    "MacsLimit": "hwnas.searching.limits",
     "Measurement": "hwnas.measurement",
+    "MemoryLimit": "hwnas.searching.limits",
     "Network": "hwnas.network",
+    "ParamsLimit": "hwnas.searching.limits",
     "Plan": "hwnas.training.plan",
+    "Portfolio": "hwnas.searching.portfolio",
     "Profile": "hwnas.api",
     "Result": "hwnas.searching.result",
     "Run": "hwnas.run",
     "SearchSpace": "hwnas.space",
+    "SizeLimit": "hwnas.searching.limits",
     "Stage": "hwnas.space",
     "Supernet": "hwnas.supernet",
     "Timing": "hwnas.devices.base",
@@ -43,6 +51,7 @@ _MODULES = {
     "profile_all": "hwnas.api",
     "remove_device": "hwnas.api",
     "search": "hwnas.api",
+    "search_all": "hwnas.api",
     "train": "hwnas.api",
 }
 
@@ -61,6 +70,7 @@ if TYPE_CHECKING:
     from hwnas.api import profile_all as profile_all
     from hwnas.api import remove_device as remove_device
     from hwnas.api import search as search
+    from hwnas.api import search_all as search_all
     from hwnas.api import train as train
     from hwnas.devices.base import Timing as Timing
     from hwnas.errors import DeviceError as DeviceError
@@ -74,7 +84,15 @@ if TYPE_CHECKING:
     from hwnas.predictors import LatencyPredictor as LatencyPredictor
     from hwnas.predictors import make_predictor as make_predictor
     from hwnas.run import Run as Run
+    from hwnas.searching.limits import EnergyLimit as EnergyLimit
+    from hwnas.searching.limits import LatencyLimit as LatencyLimit
+    from hwnas.searching.limits import MacsLimit as MacsLimit
+    from hwnas.searching.limits import MemoryLimit as MemoryLimit
+    from hwnas.searching.limits import ParamsLimit as ParamsLimit
+    from hwnas.searching.limits import SizeLimit as SizeLimit
+    from hwnas.searching.portfolio import Portfolio as Portfolio
     from hwnas.searching.result import Candidate as Candidate
+    from hwnas.searching.result import Estimate as Estimate
     from hwnas.searching.result import Result as Result
     from hwnas.space import Architecture as Architecture
     from hwnas.space import Block as Block

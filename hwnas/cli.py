@@ -11,7 +11,8 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from hwnas.api import Profile
     from hwnas.run import RunConfig
+    from hwnas.searching.limits import Limit
+    from hwnas.searching.portfolio import Portfolio
+    from hwnas.searching.result import Candidate, Result, Source
     from hwnas.training.plan import Plan
 
 # Under torchrun, which takes --run for an abbreviation of its own --run-path, the long form is needed.
@@ -50,6 +54,78 @@ def command(*options: Callable[..., Any], group: click.Group = cli) -> Callable[
         return group.command()(function)
 
     return decorate
+
+
+def count(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
+    """The value of an option that takes `600M`, `0.6G`, `500k` or `6e8`."""
+    if text is None:
+        return None
+    factor = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:])
+    try:
+        return float(text) if factor is None else factor * float(text[:-1])
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a number such as 600M, 0.6G or 6e8") from None
+
+
+def limit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of all limits; the function gets them as `devices`, a tuple of names, and `limits`, one of `Limit`s.
+
+    `--latency-ms` and `--energy-mj` are given once for each `--device`, in the same order, or once for all of them.
+    Limits on devices come first, those of the first device before those of the second.
+    """
+
+    @wraps(function)
+    def with_limits(
+        *args: Any,
+        devices: tuple[str, ...],
+        latency_ms: tuple[float, ...],
+        energy_mj: tuple[float, ...],
+        max_macs: float | None,
+        max_params: float | None,
+        max_size_mb: float | None,
+        max_memory_mb: float | None,
+        **options: Any,
+    ) -> Any:
+        from hwnas.searching import limits as kinds
+
+        on_devices = [
+            *(kinds.LatencyLimit(*pair) for pair in _per_device("--latency-ms", latency_ms, devices)),
+            *(kinds.EnergyLimit(*pair) for pair in _per_device("--energy-mj", energy_mj, devices)),
+        ]
+        on_devices.sort(key=lambda limit: devices.index(limit.device))
+        on_layers: dict[Callable[[float], kinds.Limit], float | None] = {
+            kinds.MacsLimit: max_macs,
+            kinds.ParamsLimit: max_params,
+            kinds.SizeLimit: max_size_mb,
+            kinds.MemoryLimit: max_memory_mb,
+        }
+        limits = (*on_devices, *(kind(bound) for kind, bound in on_layers.items() if bound is not None))
+        return function(*args, devices=devices, limits=limits, **options)
+
+    for option in reversed((
+        click.option("--device", "devices", metavar="NAME", multiple=True, help="See `hwnas devices`. May repeat."),
+        click.option("--latency-ms", type=float, multiple=True, help="At most so long: one, or one for each --device."),
+        click.option("--energy-mj", type=float, multiple=True, help="At most so many millijoules; likewise."),
+        click.option("--max-macs", metavar="COUNT", callback=count, help="Multiply-adds, at most: 600M."),
+        click.option("--max-params", metavar="COUNT", callback=count, help="Parameters, at most: 5M."),
+        click.option("--max-size-mb", type=float, help="Of the ONNX file in float32, at most (10^6 bytes)."),
+        click.option("--max-memory-mb", type=float, help="Of float32 activations at any time, at most (10^6 bytes)."),
+    )):  # fmt: skip
+        with_limits = option(with_limits)
+    return with_limits
+
+
+def _per_device(option: str, bounds: Sequence[float], devices: Sequence[str]) -> Iterator[tuple[str, float]]:
+    if len(set(devices)) < len(devices):
+        raise InputError(f"--device {' --device '.join(devices)}: name each device once")
+    if bounds and not devices:
+        raise InputError(f"{option} {bounds[0]:g}: on which device? Name it with --device")
+    if len(bounds) not in (0, 1, len(devices)):
+        raise InputError(
+            f"{option} is given {len(bounds)} times, --device {len(devices)} times: give one for each device, in the "
+            "same order, or one for all"
+        )
+    return zip(devices, list(bounds) * (len(devices) if len(bounds) == 1 else 1), strict=False)
 
 
 def notice(text: str) -> None:
@@ -301,57 +377,141 @@ def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, 
 
 @command(
     RUN,
-    DEVICE,
-    click.option("--latency-ms", type=float, required=True, help="The limit, milliseconds."),
-    click.option("--evaluations", default=100, show_default=True, help="Children to evaluate."),
-    click.option("--confidence", default=0.95, show_default=True, help="With which an unmeasured child keeps it."),
+    limit_options,
+    click.option("--together", is_flag=True, help="One child for all the devices, not one for each."),
+    click.option("--front", is_flag=True, help="The best child of every latency: the whole range, or up to the limit."),
+    click.option("--strategy", default="guided", show_default=True,
+                 help="guided, coarse-to-fine, evolution, nsga2, tpe or random."),
+    click.option("--evaluations", default=100, show_default=True,
+                 help="Children to evaluate; a fifth of it for each further device."),
+    click.option("--confidence", default=0.95, show_default=True, help="With which an unmeasured child keeps limits."),
     click.option("--baseline/--no-baseline", default=True, show_default=True, help="Random search beside it."),
     SEED,
     JSON,
-)
+)  # fmt: skip
 def search(
     run: str | None,
-    device: str,
-    latency_ms: float,
-    evaluations: int,
-    confidence: float,
-    baseline: bool,
-    seed: int,
+    devices: tuple[str, ...],
+    limits: tuple[Limit, ...],
+    together: bool,
+    front: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Find the most accurate child under a latency limit."""
+    r"""Find the most accurate child under limits: one for each device, and the fewest children that serve all.
+
+    \b
+    hwnas search --device pixel --latency-ms 20
+    hwnas search --device pixel --latency-ms 20 --device jetson --latency-ms 5
+    hwnas search --device pixel --device jetson --latency-ms 20 --together
+    hwnas search --max-macs 600M
+    hwnas search --device cpu --front
+    """
     from hwnas import api
     from hwnas.progress import reporting
+
+    for device in devices:
+        if not front and device not in {limit.device for limit in limits}:
+            raise InputError(f"--device {device}: give it a limit, such as --latency-ms 20, or look for its --front")
+    if together and front and len(devices) > 1:
+        raise InputError("--together looks for one child and --front for many: give one of them")
+    with reporting(f"search {' '.join(devices)}".rstrip()) as (report,):
+        options |= {"report": report, "notice": notice}
+        if len(devices) < 2 or together:
+            axis = next(iter([*devices, *(limit.kind for limit in limits)]), None) if front else None
+            result = api.search(limits, run, front=axis, **options)
+            _show_result(api.result_name(limits, axis), result, run, as_json)
+            return
+        questions = [[limit for limit in limits if limit.device in (None, device)] for device in devices]
+        portfolio = api.search_all(questions, run, fronts=devices if front else (), **options)
+    _show_portfolio(portfolio, run, as_json)
+
+
+def _show_result(name: str, result: Result, run: str | None, as_json: bool) -> None:
     from hwnas.run import Run
 
-    with reporting(f"search {device}") as (report,):
-        result = api.search(
-            device,
-            latency_ms,
-            run,
-            evaluations=evaluations,
-            confidence=confidence,
-            baseline=baseline,
-            seed=seed,
-            report=report,
-            notice=notice,
-        )
     found = [("best", result.best), ("random search", result.random)]
     found += [("front", candidate) for candidate in result.front if candidate != result.best]
+    candidates = [(name, candidate) for name, candidate in found if candidate is not None]
+    columns = ["", "architecture", "validation", *_cost_columns(result.devices), "MMACs", "k params", "file MB"]
     rows = [
-        [name, c.architecture.describe(), f"{c.accuracy:.2%}", f"{ms.predicted:.3f} ± {ms.std:.3f}",
-         "-" if ms.measured is None else f"{ms.measured:.3f}", f"{c.macs / 1e6:.2f}", f"{c.params / 1e3:.0f}"]
-        for name, c in found
-        if c is not None
-        for ms in c.latency.values()
+        [name, c.architecture.describe(), f"{c.accuracy:.2%}", *_cost_cells(c, result.devices),
+         f"{c.macs / 1e6:.2f}", f"{c.params / 1e3:.0f}", f"{(c.file_bytes or 0) / 1e6:.2f}"]
+        for name, c in candidates
     ]  # fmt: skip
-    columns = ["", "architecture", "validation", "predicted ms", "measured ms", "MMACs", "k params"]
-    title = f"{latency_ms:g} ms on {device}, {result.num_evaluations} evaluations"
+    known = f" and {result.num_known} known before" if result.num_known else ""
+    title = f"{name}: {result.strategy}, {result.num_evaluations} evaluations{known}"
+    where = Run.locate(run)
     finish(
         as_json,
         result.to_dict(),
         table(title, columns, rows),
-        next_line("export", Run.locate(run), "--format", "onnx"),
+        *_result_lines(result),
+        f"result: {where / 'results' / f'{name}.json'}",
+        next_line("export", where, "--format", "onnx", "--result", name),
+    )
+
+
+def _result_lines(result: Result) -> Iterator[str]:
+    """What there is to say below a result's table."""
+    for device, slope in result.slope.items():
+        yield f"one more ms on {device} buys {slope.points_per_ms:+.2f} ± {slope.std:.2f} points"
+    if not result.limits:
+        areas = ", ".join(f"{strategy} {values[-1]:.4f}" for strategy, values in result.hypervolume.items())
+        yield f"mean over all limits of the best accuracy (hypervolume): {areas}"
+    for device, source in result.devices.items():
+        if not source.measured:
+            error = "" if source.error_pct is None else f", typical error {source.error_pct:.1f}%"
+            yield f"{device}: predicted, not measured{error}"
+
+
+def _cost_columns(devices: Mapping[str, Source]) -> list[str]:
+    return [f"{word} ms" + (f" on {name}" if len(devices) > 1 else "")
+            for name in devices for word in ("predicted", "measured")]  # fmt: skip
+
+
+def _cost_cells(candidate: Candidate, devices: Mapping[str, Source]) -> list[str]:
+    cells = []
+    for name, source in devices.items():
+        ms = candidate.latency[name]
+        unmeasured = "-" if source.measured else "predicted only"
+        cells += [f"{ms.predicted:.3f} ± {ms.std:.3f}", unmeasured if ms.measured is None else f"{ms.measured:.3f}"]
+    return cells
+
+
+def _show_portfolio(portfolio: Portfolio, run: str | None, as_json: bool) -> None:
+    from hwnas.run import Run
+
+    devices = {name: source for result in portfolio.results.values() for name, source in result.devices.items()}
+    answers: list[list[object]] = []
+    lines: list[str] = []
+    for name, result in portfolio.results.items():
+        best, random = result.best, result.random
+        answers.append(
+            [name, best.architecture.describe(), f"{best.accuracy:.2%}", "-" if random is None else
+             f"{random.accuracy:.2%}", *_cost_cells(best, {d: s for d, s in devices.items() if d in result.devices}),
+             result.num_evaluations, result.num_known]
+        )  # fmt: skip
+        lines += _result_lines(result)
+    columns = ["", "architecture", "validation", "random search", "predicted ms", "measured ms", "evaluations", "known"]
+    members = [
+        [m.candidate.architecture.describe(), f"{m.candidate.accuracy:.2%}",
+         ", ".join(f"{name} (-{100 * lost:.2f})" for name, lost in m.serves.items()),
+         *_cost_cells(m.candidate, devices), f"{m.candidate.macs / 1e6:.2f}"]
+        for m in portfolio.members
+    ]  # fmt: skip
+    sure = "the fewest" if portfolio.exact else "the fewest that were found in time"
+    title = f"portfolio: {sure} that serve all within {100 * portfolio.tolerance:g} points of the best"
+    where = Run.locate(run)
+    document = portfolio.to_dict() | {"results": {name: one.to_dict() for name, one in portfolio.results.items()}}
+    finish(
+        as_json,
+        document,
+        table("the best for each", columns, answers),
+        table(title, ["child", "validation", "serves (points lost)", *_cost_columns(devices), "MMACs"], members),
+        *lines,
+        f"results: {where / 'results'}",
+        next_line("export", where, "--format", "onnx", "--result", next(iter(portfolio.results))),
     )
 
 

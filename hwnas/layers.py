@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from itertools import product
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -300,33 +300,28 @@ def _block_at(
     return block
 
 
-class LayerSums:
-    """Sums over the layers of many architectures at once, from their genes.
+class _SegmentTables:
+    """Something of many architectures at once, from their genes: a table a segment, one look-up each.
 
-    Every different block is lowered once, its sums go into a table, and an architecture's total is one table
-    look-up a block.
-
-        costs = LayerSums(space, lambda layer: (layer.macs, layer.params))
-        macs, params = costs(space.encode(archs)).T
+    Every different block is lowered once, what it gives goes into a table, and an architecture's value combines one
+    row of each.
 
     Args:
         space: the search space.
-        measure: the quantities of one layer, always equally many.
+        values: what the layers of a segment give, always equally many numbers of at least 0; 0 without layers.
     """
 
-    def __init__(self, space: SearchSpace, measure: Callable[[Layer], Sequence[float]]) -> None:
+    _combine: ClassVar[np.ufunc]
+
+    def __init__(
+        self, space: SearchSpace, values: Callable[[Sequence[Layer]], Sequence[float] | NDArray[np.float64]]
+    ) -> None:
         column = {gene.name: index for index, gene in enumerate(space.genes)}
         self._num_genes = len(column)
         self._tables: list[tuple[list[tuple[int, int]], NDArray[np.float64]]] = []
-        any_layer = Layer(name="", kind="add", inputs=(), in_channels=1, out_channels=1, in_size=1)
-        num_quantities = len(measure(any_layer))
         for segment in segments(space):
-            sums = [
-                np.sum([measure(layer) for layer in layers], axis=0) if layers else np.zeros(num_quantities)
-                for layers in segment.layers()
-            ]
-            axes = self._axes(segment, column)
-            self._tables.append((axes, np.asarray(sums, dtype=np.float64)))
+            table = np.asarray([values(layers) for layers in segment.layers()], dtype=np.float64)
+            self._tables.append((self._axes(segment, column), table))
 
     @staticmethod
     def _axes(segment: Segment, column: Mapping[str, int]) -> list[tuple[int, int]]:
@@ -338,7 +333,7 @@ class LayerSums:
         ]
 
     def __call__(self, genes: Genes, chunk: int = 16384) -> NDArray[np.float64]:
-        """Totals of shape (num_archs, num_quantities) for genes of shape (num_archs, num_genes).
+        """Values of shape (num_archs, num_quantities) for genes of shape (num_archs, num_genes).
 
         `chunk` architectures at a time stay in the processor's cache.
         """
@@ -354,5 +349,87 @@ class LayerSums:
                 index: NDArray[np.int32] | int = 0
                 for column, size in axes:
                     index = index * size + columns[column]
-                part += table[index] if isinstance(index, int) else table.take(index, axis=0)
+                self._combine(part, table[index] if isinstance(index, int) else table.take(index, axis=0), out=part)
         return totals
+
+
+class LayerSums(_SegmentTables):
+    """Sums over the layers of many architectures at once, from their genes: (num_archs, num_quantities).
+
+        costs = LayerSums(space, lambda layer: (layer.macs, layer.params))
+        macs, params = costs(space.encode(archs)).T
+
+    Args:
+        space: the search space.
+        measure: the quantities of one layer, always equally many.
+    """
+
+    _combine = np.add
+
+    def __init__(self, space: SearchSpace, measure: Callable[[Layer], Sequence[float]]) -> None:
+        any_layer = Layer(name="", kind="add", inputs=(), in_channels=1, out_channels=1, in_size=1)
+        nothing = np.zeros(len(measure(any_layer)))
+        super().__init__(
+            space, lambda layers: np.sum([measure(layer) for layer in layers], axis=0) if layers else nothing
+        )
+
+
+# -------------------------------------------------------------------- memory
+
+# How many further tensors of its output's size an activation takes while it is computed, as in onnxruntime: swish is
+# an operator of its own (QuickGelu), all others are computed in place, as part of the convolution.
+SPARE_TENSORS: Mapping[Activation, int] = {"swish": 1}
+
+
+def peak_activation_bytes(
+    layers: Sequence[Layer], bytes_per_element: int = 4, spare: Mapping[Activation, int] = SPARE_TENSORS
+) -> int:
+    """The most memory that feature maps take at any time, when each lives from its layer to its last reader.
+
+    Layers run in the order of the list. While one runs, its inputs and its output are there, beside what later layers
+    read: a block's input up to its shortcut, a feature map up to its squeeze-excite's scaling. The image is there up
+    to the first layer, the last layer's output to the end. Weights, and what a runtime needs to lay memory out or to
+    repack inputs, are not counted.
+
+    Args:
+        layers: of a network, or of consecutive blocks: what they read and do not make is there from the start.
+        bytes_per_element: 4 in float32, 1 in int8.
+        spare: of each activation that is not computed in place, how many tensors more than its output are there then:
+            1 as an operator of its own, 2 for a swish as a sigmoid and a product.
+    """
+    last = {name: layer for layer in layers for name in layer.inputs}
+    made = {layer.name for layer in layers}
+    live = {layer.inputs[0]: layer.in_channels * layer.in_size**2 for layer in layers if layer.inputs[0] not in made}
+    peak = 0
+    for layer in layers:
+        elements = live[layer.name] = layer.out_channels * layer.out_size**2
+        peak = max(peak, sum(live.values()))
+        for name in layer.inputs:
+            if last[name] is layer:
+                live.pop(name, None)
+        if layer.activation is not None:
+            peak = max(peak, sum(live.values()) + spare.get(layer.activation, 0) * elements)
+    return peak * bytes_per_element
+
+
+class LayerPeaks(_SegmentTables):
+    """`peak_activation_bytes` of many architectures at once, from their genes: (num_archs,).
+
+    Between two segments nothing lives but the one feature map that the second reads, so the network's peak is the
+    largest of its segments' own.
+
+    Args:
+        space: the search space.
+        bytes_per_element, spare: see `peak_activation_bytes`.
+    """
+
+    _combine = np.maximum
+
+    def __init__(
+        self, space: SearchSpace, bytes_per_element: int = 4, spare: Mapping[Activation, int] = SPARE_TENSORS
+    ) -> None:
+        super().__init__(space, lambda layers: (peak_activation_bytes(layers, bytes_per_element, spare),))
+
+    def __call__(self, genes: Genes, chunk: int = 16384) -> NDArray[np.float64]:
+        """Bytes of shape (num_archs,) for genes of shape (num_archs, num_genes); see `LayerSums`."""
+        return super().__call__(genes, chunk)[:, 0]

@@ -28,6 +28,7 @@ from hwnas.errors import InputError
 Number: TypeAlias = int | float
 Pick: TypeAlias = Callable[[str, tuple[Any, ...]], Any]
 Genes: TypeAlias = NDArray[np.int8]
+FloatArray: TypeAlias = NDArray[np.float64]
 Activation = Literal["relu", "swish", "h-swish", "sigmoid", "h-sigmoid"]
 
 _STRICT = ConfigDict(extra="forbid")
@@ -565,8 +566,30 @@ class SearchSpace:
 
     def sample_genes(self, count: int, rng: np.random.Generator) -> Genes:
         """`count` random children as genes, each choice uniform: int8, (count, num_genes)."""
-        columns = [rng.integers(len(gene.choices), size=count, dtype=np.int8) for gene in self.genes]
-        return self.mask_absent(np.stack(columns, axis=1))
+        return self.mask_absent(self.draw_genes(count, rng))
+
+    def draw_genes(self, count: int, rng: np.random.Generator) -> Genes:
+        """`sample_genes` before absent blocks are masked: a choice for every gene."""
+        return rng.integers([len(gene.choices) for gene in self.genes], size=(count, len(self.genes)), dtype=np.int8)
+
+    def mutate_genes(self, genes: Genes, rng: np.random.Generator, probability: float | FloatArray = 0.1) -> Genes:
+        """`mutate` for many children: copies in which each choice is drawn anew with `probability`.
+
+        Args:
+            genes: (num_archs, num_genes).
+            rng: source of chance.
+            probability: one for all, or one for each child, (num_archs, 1).
+        """
+        anew = (rng.random(genes.shape) < probability) | (genes < 0)
+        return self.mask_absent(np.where(anew, self.draw_genes(len(genes), rng), genes))
+
+    def crossover_genes(self, a: Genes, b: Genes, rng: np.random.Generator) -> Genes:
+        """`crossover` for many pairs: children that take each choice from `a` or `b`, from the one that has it.
+
+        All of shape (num_archs, num_genes).
+        """
+        from_a = rng.random(a.shape) < 0.5
+        return self.mask_absent(np.where((from_a & (a >= 0)) | (b < 0), a, b))
 
     def mask_absent(self, genes: Genes) -> Genes:
         """Set the genes of blocks beyond their stage's depth to -1, in place; (num_archs, num_genes)."""

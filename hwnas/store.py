@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,6 +26,11 @@ from hwnas.space import Architecture
 
 SCHEMA = 1
 BUSY_TIMEOUT_S = 60.0
+POLL_S = 0.5  # for a claim that another process has
+
+# So the server notices within two minutes that a worker's machine has gone, and frees what it had claimed; a process
+# that dies on a machine that lives is noticed at once.
+_KEEPALIVE = "-c tcp_keepalives_idle=60 -c tcp_keepalives_interval=20 -c tcp_keepalives_count=3"
 
 _metadata = sa.MetaData()
 
@@ -68,6 +77,24 @@ _evaluations = sa.Table(
     sa.UniqueConstraint("weights", "split", "protocol", "arch_id"),
 )
 
+_studies = sa.Table(
+    "hwnas_studies",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("question", sa.JSON, nullable=False),
+    sa.Column("known", sa.JSON, nullable=False),  # [arch, accuracy] of each child known before
+)
+
+_children = sa.Table(
+    "hwnas_children",
+    _metadata,
+    sa.Column("study", sa.String, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("arch", sa.JSON, nullable=False),
+    sa.Column("begun", sa.Boolean, nullable=False),
+    sa.Column("accuracy", sa.Float),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -96,6 +123,43 @@ class Evaluation:
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
+@dataclass(frozen=True, slots=True)
+class StudyChild:
+    """A child that a study has proposed.
+
+    Attributes:
+        number: its place in the study, from 0.
+        arch: the child.
+        accuracy: 0 to 1; None until it is evaluated and recorded.
+    """
+
+    number: int
+    arch: Architecture
+    accuracy: float | None
+
+
+def database_url(given: str | Path) -> sa.URL:
+    """A database's URL with the driver that hwnas uses; a path is an SQLite file.
+
+    Raises:
+        InputError: it is no URL.
+    """
+    try:
+        url = sa.make_url(f"sqlite:///{given}" if isinstance(given, Path) else given)
+    except sa.exc.ArgumentError:
+        raise InputError(f"{given!r} is no database URL, such as sqlite:////data/hwnas.db") from None
+    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url
+
+
+def connect_arguments(url: sa.URL) -> dict[str, Any]:
+    """What SQLAlchemy's engines connect with, ours and Optuna's."""
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": BUSY_TIMEOUT_S}
+    if url.get_backend_name() == "postgresql" and "options" not in url.query:
+        return {"options": _KEEPALIVE}
+    return {}
+
+
 class Store:
     """The run's database; a context manager that closes it.
 
@@ -103,23 +167,21 @@ class Store:
     `hwnas_...`. Every method that adds commits before it returns.
 
     Args:
-        url: an SQLAlchemy URL such as `sqlite:////data/run/hwnas.db` or `postgresql+psycopg://host/hwnas`, or the path
-            of an SQLite file. Tables that are missing are made.
+        url: an SQLAlchemy URL such as `sqlite:////data/run/hwnas.db` or `postgresql://host/hwnas`, or the path of an
+            SQLite file. Tables that are missing are made.
 
     Raises:
         InputError: the database is damaged, is not one, cannot be reached, or was made by a newer hwnas.
     """
 
     def __init__(self, url: str | Path) -> None:
-        try:
-            self._url = sa.make_url(f"sqlite:///{url}" if isinstance(url, Path) else url)
-        except sa.exc.ArgumentError:
-            raise InputError(f"{url!r} is no database URL, such as sqlite:////data/hwnas.db") from None
+        self._url = database_url(url)
         self._sqlite = self._url.get_backend_name() == "sqlite"
-        arguments = {"timeout": BUSY_TIMEOUT_S} if self._sqlite else {}
         with self._explained():
             # Every statement is a transaction of its own: nothing to lose at a kill, nothing to upgrade or to retry.
-            self._engine = sa.create_engine(self._url, connect_args=arguments, isolation_level="AUTOCOMMIT")
+            self._engine = sa.create_engine(
+                self._url, connect_args=connect_arguments(self._url), isolation_level="AUTOCOMMIT"
+            )
         try:
             with self._connection() as connection:
                 if self._sqlite:
@@ -146,10 +208,11 @@ class Store:
     def _make_tables(self, connection: sa.Connection) -> None:
         tables = set(sa.inspect(connection).get_table_names())
         if not tables >= set(_metadata.tables):
-            for table in _metadata.sorted_tables:
-                connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
-                for index in table.indexes:
-                    connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
+            with self.claimed("tables"):  # PostgreSQL's `if not exists` fails where two processes make one at once
+                for table in _metadata.sorted_tables:
+                    connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
+                    for index in table.indexes:
+                        connection.execute(sa.schema.CreateIndex(index, if_not_exists=True))
         if not connection.execute(sa.select(_schema.c.version)).all():
             self._insert_or_ignore(connection, _schema, {"version": SCHEMA})
         version = connection.execute(sa.select(sa.func.max(_schema.c.version))).scalar_one()
@@ -306,11 +369,142 @@ class Store:
             for row in rows
         ]
 
+    # ------------------------------------------------------------ studies that workers share
+
+    def open_study(self, name: str, question: Any, known: Sequence[tuple[Architecture, float]]) -> tuple[Any, Any]:
+        """What a study asks, and the children known before it: as the worker gave them that was the first.
+
+        Args:
+            name: of the study.
+            question: plain values.
+            known: children and their accuracies.
+
+        Returns:
+            Question and known children of the study.
+
+        Raises:
+            InputError: the database cannot be used.
+        """
+        row = {"name": name, "question": question, "known": [[arch.to_dict(), accuracy] for arch, accuracy in known]}
+        with self._connection() as connection:
+            self._insert_or_ignore(connection, _studies, row)
+            found = connection.execute(sa.select(_studies).where(_studies.c.name == name)).one()
+        source = f"{self.name}: study {name}"
+        return found.question, [(Architecture.from_dict(arch, source), accuracy) for arch, accuracy in found.known]
+
+    def propose(self, study: str, first: int, archs: Sequence[Architecture]) -> None:
+        """Add the next children of a study, unless another worker has.
+
+        Args:
+            study: its name.
+            first: the number of the first of them.
+            archs: at least one.
+
+        Raises:
+            InputError: the database cannot be written.
+        """
+        rows = [
+            {"study": study, "number": number, "arch": arch.to_dict(), "begun": False}
+            for number, arch in enumerate(archs, first)
+        ]
+        with self._connection() as connection:
+            self._insert_or_ignore(connection, _children, rows)
+
+    def children(self, study: str, first: int = 0) -> list[StudyChild]:
+        """The children that a study has proposed, from a number on, in order.
+
+        Raises:
+            InputError: the database cannot be read.
+        """
+        table = _children.c
+        query = sa.select(table.number, table.arch, table.accuracy).where(table.study == study, table.number >= first)
+        with self._connection() as connection:
+            rows = connection.execute(query.order_by(table.number)).all()
+        source = f"{self.name}: study {study}"
+        return [StudyChild(row.number, Architecture.from_dict(row.arch, source), row.accuracy) for row in rows]
+
+    def begin_child(self, study: str, number: int) -> bool:
+        """Note that a worker evaluates a child; whether it is the first that does.
+
+        Raises:
+            InputError: the database cannot be written.
+        """
+        with self._connection() as connection:
+            done = connection.execute(self._child(study, number).where(~_children.c.begun).values(begun=True))
+        return done.rowcount == 1
+
+    def finish_child(self, study: str, number: int, accuracy: float) -> None:
+        """Record a child's accuracy, 0 to 1.
+
+        Raises:
+            InputError: the database cannot be written.
+        """
+        with self._connection() as connection:
+            connection.execute(self._child(study, number).values(accuracy=accuracy))
+
+    @staticmethod
+    def _child(study: str, number: int) -> sa.Update:
+        return sa.update(_children).where(_children.c.study == study, _children.c.number == number)
+
+    # ------------------------------------------------------------ claims
+
+    @contextmanager
+    def claim(self, what: str) -> Iterator[bool]:
+        """Hold something that only one of all who use this database may have at a time.
+
+            with store.claim("child 7") as mine:
+                if mine: ...
+
+        It is let go at the end, and by the death of the process: the lock belongs to an open file beside the database
+        (SQLite), or to the connection to the server (PostgreSQL: `pg_try_advisory_lock`). So there are no heartbeats
+        and no clocks to compare, and what a killed process had claimed is free at once.
+
+        Args:
+            what: its name.
+
+        Yields:
+            Whether it is ours now; False where another process or thread has it.
+
+        Raises:
+            InputError: the database cannot be used.
+        """
+        digest = hashlib.sha256(what.encode()).digest()
+        if self._sqlite:
+            with _locked_file(Path(f"{self._url.database}-claim-{digest.hex()[:16]}")) as mine:
+                yield mine
+            return
+        key = int.from_bytes(digest[:8], signed=True)
+        with self._connection() as connection:
+            mine = connection.execute(sa.select(sa.func.pg_try_advisory_lock(key))).scalar_one()
+            try:
+                yield mine
+            finally:
+                if mine:
+                    connection.execute(sa.select(sa.func.pg_advisory_unlock(key)))
+
+    @contextmanager
+    def claimed(self, what: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Wait until something can be claimed, and hold it: see `claim`.
+
+        Args:
+            what: its name.
+            waiting: called now and then while another has it.
+        """
+        while True:
+            with self.claim(what) as mine:
+                if mine:
+                    yield
+                    return
+            waiting()
+            time.sleep(POLL_S)
+
     # ------------------------------------------------------------ the database
 
-    def _insert_or_ignore(self, connection: sa.Connection, table: sa.Table, row: dict[str, Any]) -> None:
+    def _insert_or_ignore(
+        self, connection: sa.Connection, table: sa.Table, rows: dict[str, Any] | list[dict[str, Any]]
+    ) -> None:
         insert = sqlite.insert if self._sqlite else postgresql.insert
-        connection.execute(insert(table).values(row).on_conflict_do_nothing())
+        connection.execute(insert(table).values(rows).on_conflict_do_nothing())
 
     @contextmanager
     def _connection(self) -> Iterator[sa.Connection]:
@@ -325,8 +519,13 @@ class Store:
         except sa.exc.OperationalError as error:  # missing folder, full disk, no rights, server away
             raise InputError(f"{self.name}: the database cannot be used: {_reason(error)}") from None
         except sa.exc.DatabaseError as error:
+            if not self._sqlite:
+                raise InputError(f"{self.name}: the database cannot be used: {_reason(error)}") from None
             raise InputError(self._damaged(_reason(error))) from None
-        except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
+        except ModuleNotFoundError as error:
+            remedy = ": pip install 'hwnas[postgresql]'" if error.name == "psycopg" else ""
+            raise InputError(f"{self._url}: {error}{remedy}") from None
+        except sa.exc.ArgumentError as error:
             raise InputError(f"{self._url}: {error}") from None
 
     def _damaged(self, reason: str) -> str:
@@ -350,3 +549,25 @@ class Store:
 
 def _reason(error: sa.exc.DatabaseError) -> str:
     return str(error.orig).strip().splitlines()[0]
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[bool]:
+    """Whether a lock file could be had; it is gone again afterwards."""
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder removed it between our opening and our locking it
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink()

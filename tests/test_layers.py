@@ -3,7 +3,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hwnas.layers import Layer, LayerSums, lower, total_macs, total_params
+from hwnas.layers import (
+    SPARE_TENSORS,
+    Layer,
+    LayerPeaks,
+    LayerSums,
+    lower,
+    peak_activation_bytes,
+    total_macs,
+    total_params,
+)
 from hwnas.space import Architecture, Block, SearchSpace, Stage
 
 
@@ -162,3 +171,85 @@ def test_batched_sums_refuse_other_genes():
     space = SearchSpace.load("tiny")
     with pytest.raises(ValueError, match="num_archs"):
         LayerSums(space, lambda layer: (layer.macs,))(np.zeros((3, 4), dtype=np.int8))
+
+
+# -------------------------------------------------------------------- memory
+
+
+def conv(name, source, channels, out_channels, size, **options):
+    return Layer(
+        name=name,
+        kind="conv",
+        inputs=(source,),
+        in_channels=channels,
+        out_channels=out_channels,
+        in_size=size,
+        **options,
+    )
+
+
+def test_peak_of_a_chain():
+    """Input and output of each layer, a swish with a tensor of its own; the image is gone after the first layer."""
+    layers = [
+        conv("a", "image", 3, 8, 10, stride=2, kernel=3, activation="relu"),  # 300 + 200
+        conv("b", "a", 8, 16, 5, activation="relu"),  # 200 + 400
+        conv("c", "b", 16, 4, 5),  # 400 + 100
+    ]
+    assert peak_activation_bytes(layers, 1) == 600
+    assert peak_activation_bytes(layers) == 4 * 600
+    swish = [layers[0], replace(layers[1], activation="swish"), layers[2]]
+    assert peak_activation_bytes(swish, 1) == 800  # the 400 of b before and after
+    assert peak_activation_bytes(swish, 1, {"swish": 2}) == 1200
+    assert peak_activation_bytes(swish, 1, {}) == 600
+
+
+def test_what_is_read_again_stays():
+    layers = [
+        conv("a", "image", 1, 10, 4),  # 16 + 160
+        conv("b", "a", 10, 20, 4),  # 160 + 320
+        conv("c", "b", 20, 10, 4),  # 160 + 320 + 160: a waits for the sum
+        Layer(name="sum", kind="add", inputs=("c", "a"), in_channels=10, out_channels=10, in_size=4),
+        Layer(name="pool", kind="global_pool", inputs=("sum",), in_channels=10, out_channels=10, in_size=4),
+        Layer(name="gate", kind="conv", inputs=("pool",), in_channels=10, out_channels=10, in_size=1),
+        Layer(name="scale", kind="scale", inputs=("sum", "gate"), in_channels=10, out_channels=10, in_size=4),
+    ]
+    assert peak_activation_bytes(layers, 1) == 640
+    assert peak_activation_bytes(layers[:3], 1) == 480  # nobody reads a then
+    assert peak_activation_bytes(layers[4:], 1) == 160 + 10 + 160  # what comes from before is there from the start
+    assert peak_activation_bytes(layers[:1] + layers[3:], 1) == 160 + 160 + 160
+
+
+def simulated_peak(layers, spare):
+    """The same by brute force: at each step, all that exists and that any later step reads."""
+    sizes = {"image": layers[0].in_channels * layers[0].in_size ** 2}
+    sizes |= {layer.name: layer.out_channels * layer.out_size**2 for layer in layers}
+    peak = 0
+    for step, layer in enumerate(layers):
+        there = {"image"} | {before.name for before in layers[: step + 1]}
+        read_now = {name for later in layers[step:] for name in later.inputs}
+        peak = max(peak, sum(sizes[name] for name in there & (read_now | {layer.name})))
+        if layer.activation:
+            read_later = {name for later in layers[step + 1 :] for name in later.inputs}
+            extra = spare.get(layer.activation, 0) * sizes[layer.name]
+            peak = max(peak, extra + sum(sizes[name] for name in there & (read_later | {layer.name})))
+    return 4 * peak
+
+
+@pytest.mark.parametrize("name", SearchSpace.names())
+@pytest.mark.parametrize("spare", [SPARE_TENSORS, {}, {"swish": 2, "h-swish": 1, "relu": 1, "sigmoid": 1}])
+def test_peaks_are_exact_one_by_one_and_in_a_batch(name, spare):
+    space = SearchSpace.load(name)
+    genes = space.sample_genes(30, np.random.default_rng(0))
+    archs = [space.smallest(), space.largest(), *(space.decode(row) for row in genes)]
+    expected = [simulated_peak(lower(space, arch), spare) for arch in archs]
+    assert [peak_activation_bytes(lower(space, arch), spare=spare) for arch in archs] == expected
+    peaks = LayerPeaks(space, spare=spare)
+    assert np.array_equal(peaks(space.encode(archs)), expected)
+    assert np.array_equal(peaks(space.encode(archs), chunk=7), expected)
+    assert len(set(expected)) > 3
+
+
+def test_memory_in_int8_is_a_quarter():
+    space = SearchSpace.load("tiny")
+    genes = space.sample_genes(5, np.random.default_rng(0))
+    assert np.array_equal(4 * LayerPeaks(space, bytes_per_element=1)(genes), LayerPeaks(space)(genes))

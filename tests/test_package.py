@@ -43,7 +43,7 @@ STANDS_ON = {
     "predictors": ["layers", "files"],
     # searching
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
-    "searching": ["predictors", "measurement", "progress"],
+    "searching": ["predictors", "store", "exporters", "progress"],
     # what users call
     "bundle": ["exporters", "network"],
     "run": ["predictors", "store", "training"],

@@ -1,88 +1,330 @@
-"""`hwnas search`."""
+"""`hwnas search`: one child under all of some limits, or an answer for each device and the fewest children for all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from functools import partial
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from platform import python_version
+from typing import TYPE_CHECKING, Any
 
 from hwnas import __version__
 from hwnas.api.catalogue import open_device
 from hwnas.api.evaluating import open_evaluator
 from hwnas.api.profiling import last_measurements
-from hwnas.devices import device_name
+from hwnas.devices import Device, device_name
+from hwnas.devices.base import DeviceGoneError
+from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.measuring.measure import measure
+from hwnas.predictors import LatencyPredictor, load_predictor
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.run import Run
 
 if TYPE_CHECKING:
     from hwnas.data.torch_dataset import TorchDatasets
-    from hwnas.searching.result import Result
+    from hwnas.evaluator import Evaluator
+    from hwnas.searching.limits import Limit
+    from hwnas.searching.portfolio import Portfolio
+    from hwnas.searching.result import Result, Source
+    from hwnas.searching.searcher import Searcher
+    from hwnas.searching.targets import Target
+
+# Of the evaluations of the first question, for each further one: it starts from what is known by then
+# (benchmarks/results/many_devices.md).
+FURTHER = 0.2
 
 
 def search(
-    device: str,
-    latency_ms: float,
+    limits: Limit | Sequence[Limit] = (),
     run: str | Path | None = None,
     *,
+    strategy: str = "guided",
     evaluations: int = 100,
     confidence: float = 0.95,
     baseline: bool = True,
+    front: str | None = None,
     data: TorchDatasets | None = None,
     seed: int = 0,
     report: Report = silent,
     notice: Notice = unheard,
 ) -> Result:
-    """Find the most accurate child that keeps a latency limit on a device. Saved as `results/<device>-<limit>ms.json`.
+    """Find the most accurate child that keeps all of some limits, perhaps on several devices.
 
-    Accuracies are on the validation images. What an earlier search evaluated or measured is not worked out again.
+        result = hwnas.search(hwnas.LatencyLimit("cpu", ms=20), "run")
+        result = hwnas.search([hwnas.LatencyLimit("pixel", ms=20), hwnas.MacsLimit(600e6)], "run")
+
+    Accuracies are on the validation images. What an earlier search evaluated or measured is not worked out again, and
+    the search starts from it. Where a device can be reached, the answer is measured on it; where it cannot, the answer
+    is predicted, `notice` says how well, and so does `result.devices`. The result is saved as
+    `results/<device>-<limit>ms.json`, or by the names of its other limits.
 
     Args:
-        device: a device with a predictor in the run.
-        latency_ms: the limit, milliseconds.
+        limits: one, or several that one child has to keep; the devices need predictors, in the run or published ones.
         run: the run folder.
-        evaluations: children to evaluate.
-        confidence: with which a child that was not measured has to keep the limit.
+        strategy: `guided`, `coarse-to-fine`, `evolution`, `nsga2`, `tpe` or `random`.
+        evaluations: children to evaluate that were not known before.
+        confidence: with which a child that was not measured has to keep the limits.
         baseline: whether to run random search with as many evaluations beside it.
+        front: a device, or `macs`, `params`, `size` or `memory`: look for the best child of every latency on it (of
+            every cost), up to its limit where there is one.
         data: what the run was trained on, if that was a dataset of PyTorch.
         seed: of all chance.
         report: told the progress.
         notice: told what a user should know.
 
     Raises:
-        InputError: bad numbers, no trained supernet, no predictor.
-        LimitError: no child keeps the limit.
-        DeviceError: the device cannot be used.
+        InputError: neither limit nor front, bad numbers, no trained supernet, no predictor.
+        LimitError: no child keeps the limits.
+        DeviceError: children fail on a device that can be reached.
     """
-    from hwnas.searching.searcher import Searcher
-    from hwnas.searching.strategies import Scored
+    from hwnas.searching.limits import Limit
 
-    opened = Run(run)
-    predictor = opened.predictor(device_name(device))
-    with opened.store() as store, open_device(device, opened) as target:
-        evaluator = open_evaluator(opened, notice, data)
-        bench = partial(measure, space=opened.space, device=target, timing=target.timing, store=store)
-        searcher = Searcher(
-            opened.space,
-            predictor,
-            device=target.name,
-            limit_ms=latency_ms,
-            confidence=confidence,
-            evaluate=lambda archs: evaluator.accuracies(archs, store),
-            measure=partial(bench, role="finalist"),
-            measurements=[m for m in last_measurements(target.name, target.timing, store, "fit") if m.trusted],
-            storage_url=opened.storage_url,
+    asked = [limits] if isinstance(limits, Limit) else list(limits)
+    _check(asked, front)
+    with ExitStack() as stack:
+        session = _Session(stack, Run(run), confidence, strategy, data, seed, notice)
+        return session.answer(
+            session.searcher(asked, front), result_name(asked, front), evaluations, baseline=baseline, report=report
+        )
+
+
+def search_all(
+    questions: Sequence[Limit | Sequence[Limit]],
+    run: str | Path | None = None,
+    *,
+    tolerance: float = 0.002,
+    strategy: str = "guided",
+    evaluations: int = 100,
+    confidence: float = 0.95,
+    baseline: bool = True,
+    fronts: Sequence[str | None] = (),
+    data: TorchDatasets | None = None,
+    seed: int = 0,
+    report: Report = silent,
+    notice: Notice = unheard,
+) -> Portfolio:
+    """Find the most accurate child for each of several questions, and the fewest children that answer all of them.
+
+        portfolio = hwnas.search_all([hwnas.LatencyLimit("pixel", 20), hwnas.LatencyLimit("jetson", 5)], "run")
+        portfolio.results["pixel-20ms"].best, portfolio.child_for("jetson-5ms")
+
+    Accuracies are shared: every question after the first starts from the children that are known by then, and gets a
+    fifth of the evaluations. Saved is a result for each, and `results/portfolio-<names>.json`.
+
+    Args:
+        questions: for each the limits that its child has to keep.
+        run: see `search`, as for all that is not here.
+        tolerance: accuracy that an answer of the portfolio may lose against the best child for its question.
+        strategy: of all searches.
+        evaluations: for the first question; a fifth of it for each further one.
+        confidence: of all searches.
+        baseline: whether to run random search beside each, with as many evaluations.
+        fronts: for each question its `front`; none by default.
+        data: the images.
+        seed: of all chance.
+        report: told the progress.
+        notice: told what a user should know.
+
+    Raises:
+        InputError: as `search`; fewer than two questions, or one that is asked twice; a tolerance under 0.
+        LimitError: for one of them no child keeps the limits.
+        DeviceError: children fail on a device that can be reached.
+    """
+    from hwnas.searching.limits import Limit
+    from hwnas.searching.portfolio import Portfolio, choose_members
+
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise InputError(f"tolerance={tolerance}: must be a number from 0")
+    asked = [[one] if isinstance(one, Limit) else list(one) for one in questions]
+    axes = list(fronts) or [None] * len(asked)
+    if len(axes) != len(asked):
+        raise InputError(f"{len(axes)} fronts for {len(asked)} questions: give one for each, or none at all")
+    names = [result_name(limits, axis) for limits, axis in zip(asked, axes, strict=True)]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise InputError(f"{len(names)} questions ({', '.join(names) or 'none'}): ask two or more different ones")
+    for limits, axis in zip(asked, axes, strict=True):
+        _check(limits, axis)
+    with ExitStack() as stack:
+        session = _Session(stack, Run(run), confidence, strategy, data, seed, notice)
+        searchers = {
+            name: session.searcher(limits, axis) for name, limits, axis in zip(names, asked, axes, strict=True)
+        }
+        results = {}
+        for number, (name, searcher) in enumerate(searchers.items()):
+            budget = evaluations if number == 0 else math.ceil(FURTHER * evaluations)
+            results[name] = session.answer(
+                searcher,
+                name,
+                budget,
+                baseline=baseline,
+                report=lambda done, total, note="", name=name: report(done, total, f"{name}: {note}"),
+            )
+        members, exact = choose_members(searchers, results, tolerance)
+    made = Portfolio(results=results, members=tuple(members), tolerance=tolerance, exact=exact)
+    write_text(session.run.result_path(_portfolio_name(names)), json.dumps(made.to_dict(), indent=2) + "\n")
+    return made
+
+
+class _Session:
+    """What the searches of one command share: the run, its database, its images, the opened devices."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        run: Run,
+        confidence: float,
+        strategy: str,
+        data: TorchDatasets | None,
+        seed: int,
+        notice: Notice,
+    ) -> None:
+        self.run, self._stack, self._data, self._notice = run, stack, data, notice
+        self._options: dict[str, Any] = {"confidence": confidence, "strategy": strategy, "seed": seed}
+        self._store = stack.enter_context(run.store())
+        self._devices: dict[str, tuple[Device, Source]] = {}
+
+    @cached_property
+    def _evaluator(self) -> Evaluator:
+        return open_evaluator(self.run, self._notice, self._data)
+
+    def searcher(self, limits: Sequence[Limit], front: str | None) -> Searcher:
+        """For one question, with the predictors as they are in the run."""
+        from hwnas.searching.costs import LAYER_COSTS
+        from hwnas.searching.searcher import Searcher
+        from hwnas.searching.strategies import Scored
+
+        devices = dict.fromkeys(limit.device for limit in limits)
+        if front is not None and front not in LAYER_COSTS:
+            devices[front] = None
+        energy = {limit.device for limit in limits if limit.kind == "energy"}
+        targets = [self._target(given, given in energy) for given in devices if given is not None]
+        return Searcher(
+            self.run.space,
+            _named(limits),
+            {target.name: target for target in targets},
+            front=front and device_name(front),
+            evaluate=lambda archs: self._evaluator.accuracies(archs, self._store),
             known=lambda: [
                 Scored(arch, accuracy)
-                for arch, accuracy in evaluator.known(store)
-                if arch.resolution in opened.space.resolution
+                for arch, accuracy in self._evaluator.known(self._store)
+                if arch.resolution in self.run.space.resolution
             ],
-            seed=seed,
-            notice=notice,
+            storage_url=self.run.storage_url,
+            weights=self._evaluator.supernet.identity(),
+            notice=self._notice,
+            **self._options,
         )
-        result = searcher.run(evaluations, baseline=baseline, report=report)
-    document = {**result.to_dict(), "weights": evaluator.supernet.identity(), "hwnas": __version__}
-    write_text(opened.result_path(f"{target.name}-{latency_ms:g}ms"), json.dumps(document, indent=2) + "\n")
-    return result
+
+    def answer(self, searcher: Searcher, name: str, evaluations: int, *, baseline: bool, report: Report) -> Result:
+        """Search, save what was found, and say where it was not measured."""
+        found = replace(searcher.run(evaluations, baseline=baseline, report=report), versions=_versions())
+        for device, source in found.devices.items():
+            if not source.measured:
+                self._notice(_predicted(device, source))
+        write_text(self.run.result_path(name), json.dumps(found.to_dict(), indent=2) + "\n")
+        return found
+
+    def _target(self, given: str, energy: bool) -> Target:
+        from hwnas.searching.targets import Target
+
+        name = device_name(given)
+        predictor = self.run.predictor(name)
+        if name not in self._devices:
+            self._devices[name] = self._reach(given, predictor)
+        device, source = self._devices[name]
+        bench = partial(
+            measure, space=self.run.space, device=device, timing=device.timing, store=self._store, role="finalist"
+        )
+        energy_path = self.run.predictor_path(f"{name}.energy")
+        return Target(
+            name,
+            predictor,
+            measure=None if source.reason else bench,
+            measurements=last_measurements(name, device.timing, self._store, "fit"),
+            energy=load_predictor(energy_path) if energy and energy_path.is_file() else None,
+            source=source,
+            notice=self._notice,
+        )
+
+    def _reach(self, given: str, predictor: LatencyPredictor) -> tuple[Device, Source]:
+        """The device, and whether it can be reached: to be known before hours of evaluations, not after."""
+        from hwnas.searching.result import Source
+
+        device = self._stack.enter_context(open_device(given, self.run))
+        versions: dict[str, str] = {}
+        reason = ""
+        try:
+            versions = device.versions()
+        except DeviceGoneError as error:
+            reason = str(error)
+        statistics = predictor.statistics
+        return device, Source(
+            measured=False,
+            source=getattr(predictor, "source", ""),
+            error_pct=None if statistics is None else statistics.left_out_pct,
+            reason=reason,
+            runtime=f"{device.runtime}, {device.precision}",
+            versions=versions,
+        )
+
+
+def _check(limits: Sequence[Limit], front: str | None) -> None:
+    if not limits and front is None:
+        raise InputError(
+            "nothing asked for: give a limit, such as --device cpu --latency-ms 20 or --max-macs 600M, or a device and "
+            "--front"
+        )
+
+
+def _predicted(device: str, source: Source) -> str:
+    """What to know of an answer that was not measured."""
+    error = "" if source.error_pct is None else f", typical error {source.error_pct:.1f}%"
+    how = source.source or f"predicted from what was measured there before{error}"
+    return (
+        f"{device}: latencies are predicted, not measured: {how}; the device cannot be used ({source.reason}): "
+        f"make it reachable, see `hwnas devices check {device}`, and search again"
+    )
+
+
+def _named(limits: Sequence[Limit]) -> list[Limit]:
+    """The limits with the names of devices that were given by their files."""
+    return [limit if limit.device is None else _replaced(limit) for limit in limits]
+
+
+def _replaced(limit: Limit) -> Limit:
+    from hwnas.searching.limits import Limit
+
+    assert limit.device is not None
+    return Limit.from_dict({**limit.to_dict(), "device": device_name(limit.device)})
+
+
+def result_name(limits: Sequence[Limit], front: str | None = None) -> str:
+    """What a search's result is called: `cpu-20ms`, `pixel-20ms+jetson-5ms`, `macs-600M`, `cpu-front`."""
+    parts = []
+    for limit in _named(limits):
+        if limit.device is not None:
+            parts.append(f"{limit.device}-{limit.value:g}{limit.unit}")
+        elif limit.unit in ("MACs", "parameters"):
+            parts.append(f"{limit.kind}-{limit.value / 1e6:g}M")
+        else:
+            parts.append(f"{limit.kind}-{limit.value:g}{limit.unit}")
+    return "+".join(parts + ([] if front is None else [f"{device_name(front)}-front"]))
+
+
+def _portfolio_name(names: Sequence[str]) -> str:
+    joined = "+".join(names)
+    if len(joined) > 100:  # file names have 255 bytes at most
+        joined = f"{len(names)}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+    return f"portfolio-{joined}"
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("numpy", "scipy", "optuna", "torch")}
+    return {"hwnas": __version__, "python": python_version(), **packages}

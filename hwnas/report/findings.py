@@ -59,15 +59,11 @@ class Findings:
         known = {one.arch: one.accuracy for one in self.evaluations}
         self.evaluated = {one.architecture.id: one for one in self.candidates(list(known), list(known.values()))}
         for candidate in told:  # what a search says of a child goes before what is predicted now
-            before = self.evaluated.get(candidate.architecture.id, candidate)
-            told_ms = {  # unless it was measured by another search
-                device: estimate
-                for device, estimate in candidate.latency.items()
-                if estimate.measured is not None
-                or device not in before.latency
-                or before.latency[device].measured is None
-            }
-            self.evaluated[candidate.architecture.id] = replace(candidate, latency={**before.latency, **told_ms})
+            latency = dict(self.evaluated.get(candidate.architecture.id, candidate).latency)
+            for device, estimate in candidate.latency.items():
+                if estimate.measured is not None or device not in latency or latency[device].measured is None:
+                    latency[device] = estimate
+            self.evaluated[candidate.architecture.id] = replace(candidate, latency=latency)
 
     def candidates(self, archs: Sequence[Architecture], accuracies: Sequence[float]) -> list[Candidate]:
         """Children with their costs on all devices, measured where they were; (num_archs,) each."""

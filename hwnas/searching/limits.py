@@ -1,137 +1,148 @@
-"""Limits: what a child may cost, and which children keep within it."""
+"""Limits: what a user asks a child to keep to, as plain values."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from statistics import NormalDist
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from hwnas.errors import InputError
-from hwnas.layers import LayerSums
-from hwnas.predictors import LatencyPredictor
-from hwnas.space import Genes, SearchSpace
 
-Floats: TypeAlias = NDArray[np.float64]
-
-# By how much a second measurement of the same child may come out slower (benchmarks/results/profiling.md).
-REPEATABILITY = 0.02
-
-
-class Limit(ABC):
-    """An upper bound on one cost of a child."""
-
-    unit: str
-
-    @property
-    @abstractmethod
-    def value(self) -> float:
-        """The bound, in `unit`."""
-
-    @abstractmethod
-    def cost(self, genes: Genes) -> Floats:
-        """The expected cost of each child: (num_archs,) for genes (num_archs, num_genes), in `unit`."""
-
-    @abstractmethod
-    def upper(self, genes: Genes) -> Floats:
-        """What the cost stays under with the stated confidence; a child is feasible if this keeps the limit."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The limit in a few words, `12 ms on cpu`."""
-
-    def feasible(self, genes: Genes) -> NDArray[np.bool_]:
-        """Which children keep the limit, (num_archs,)."""
-        return self.upper(genes) <= self.value
+LimitKind: TypeAlias = Literal["latency", "energy", "macs", "params", "size", "memory"]
 
 
 @dataclass(frozen=True)
-class LatencyLimit(Limit):
-    """At most `ms` milliseconds on a device, with a probability of `confidence`.
-
-    A child that was measured counts with its measured latency and the share by which a second measurement may
-    differ; any other with the predicted mean plus the margin that its predicted standard deviation asks for.
+class Limit:
+    """An upper bound on one cost of a child; use the subclasses below. The last field is the bound.
 
     Attributes:
-        device: its name.
-        ms: the limit, milliseconds.
-        predictor: of that device.
-        measured: latencies in ms by the bytes of a child's genes (`Genes.tobytes`).
-        confidence: between 0.5 and 1.
+        kind: what is bounded.
+        unit: of the bound.
+        device: where the cost arises; None for a cost that is the same everywhere.
+
+    Raises:
+        InputError: the bound is no finite number over 0, or the device has no name.
     """
 
-    device: str
-    ms: float
-    predictor: LatencyPredictor
-    measured: Mapping[bytes, float] = field(default_factory=dict)
-    confidence: float = 0.95
-    unit = "ms"
+    kind: ClassVar[LimitKind]
+    unit: ClassVar[str]
+    device: ClassVar[str | None] = None
+    _of: ClassVar[str] = ""  # what `describe` ends with
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.ms) and self.ms > 0):
-            raise InputError(f"latency limit {self.ms} ms: must be a number over 0")
-        if not 0.5 <= self.confidence < 1:
-            raise InputError(f"confidence {self.confidence}: must be at least 0.5 and under 1")
+        value: object = self.value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            raise InputError(f"{self.kind} limit {value} {self.unit}: must be a finite number over 0")
 
     @property
     def value(self) -> float:
-        """See `Limit`."""
-        return self.ms
-
-    def cost(self, genes: Genes) -> Floats:
-        """See `Limit`."""
-        return self._with_measured(genes, self.predictor.predict_genes(genes)[0], 1.0)
-
-    def upper(self, genes: Genes) -> Floats:
-        """See `Limit`."""
-        mean, std = self.predictor.predict_genes(genes)
-        return self._with_measured(genes, mean + NormalDist().inv_cdf(self.confidence) * std, 1 + REPEATABILITY)
-
-    def _with_measured(self, genes: Genes, predicted: Floats, factor: float) -> Floats:
-        if not self.measured:
-            return predicted
-        measured = np.array([self.measured.get(row.tobytes(), np.nan) for row in genes])
-        return np.where(np.isnan(measured), predicted, factor * measured)
+        """The bound, in `unit`."""
+        value: float = getattr(self, fields(self)[-1].name)
+        return value
 
     def describe(self) -> str:
-        """See `Limit`."""
-        return f"{self.ms:g} ms on {self.device}"
+        """The limit in a few words, `12 ms on cpu` or `600M MACs`."""
+        where = "" if self.device is None else f" on {self.device}"
+        return f"{show_cost(self.value, self.unit, digits=6)}{where}{self._of}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: `kind`, `device`, `value` and `unit`."""
+        return {"kind": self.kind, "device": self.device, "value": self.value, "unit": self.unit}
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> Limit:
+        """The inverse of `to_dict`.
+
+        Raises:
+            InputError: it is no limit, or one that makes no sense.
+        """
+        try:
+            made, device, bound = _LIMITS[value["kind"]], value["device"], value["value"]
+            limit: Limit = made(bound) if device is None else made(device, bound)
+        except (KeyError, TypeError):
+            raise InputError(
+                f"{value!r} is no limit: it has a kind ({', '.join(_LIMITS)}), a device (null for all but latency and "
+                "energy) and a value"
+            ) from None
+        return limit
+
+
+@dataclass(frozen=True)
+class _DeviceLimit(Limit):
+    """A limit on one device."""
+
+    device: str = field()  # type: ignore[misc] # an attribute of each in place of the class's
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not self.device:
+            raise InputError(f"{self.kind} limit on device {self.device!r}: name a device")
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class LatencyLimit(_DeviceLimit):
+    """At most `ms` milliseconds for one image on a device."""
+
+    ms: float
+    kind = "latency"
+    unit = "ms"
+
+
+@dataclass(frozen=True)
+class EnergyLimit(_DeviceLimit):
+    """At most `mj` millijoules for one image on a device, as its own sensors tell."""
+
+    mj: float
+    kind = "energy"
+    unit = "mJ"
 
 
 @dataclass(frozen=True)
 class MacsLimit(Limit):
-    """At most so many multiply-adds.
+    """At most so many multiply-adds: see `Layer.macs`."""
 
-    Attributes:
-        space: of the children.
-        macs: the limit.
-    """
-
-    space: SearchSpace
     macs: float
+    kind = "macs"
     unit = "MACs"
 
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.macs) and self.macs > 0):
-            raise InputError(f"MACs limit {self.macs}: must be a number over 0")
-        object.__setattr__(self, "_sums", LayerSums(self.space, lambda layer: (layer.macs,)))
 
-    @property
-    def value(self) -> float:
-        """See `Limit`."""
-        return self.macs
+@dataclass(frozen=True)
+class ParamsLimit(Limit):
+    """At most so many parameters: see `Layer.params`."""
 
-    def cost(self, genes: Genes) -> Floats:
-        """See `Limit`."""
-        sums: LayerSums = self._sums  # type: ignore[attr-defined]
-        return sums(genes)[:, 0]
+    params: float
+    kind = "params"
+    unit = "parameters"
 
-    upper = cost
 
-    def describe(self) -> str:
-        """See `Limit`."""
-        return f"{self.macs / 1e6:g}M MACs"
+@dataclass(frozen=True)
+class SizeLimit(Limit):
+    """The ONNX file in float32 takes at most so many megabytes (10^6 bytes)."""
+
+    megabytes: float
+    kind = "size"
+    unit = "MB"
+    _of = " of file"
+
+
+@dataclass(frozen=True)
+class MemoryLimit(Limit):
+    """At any time the activations in float32 take at most so many megabytes (10^6 bytes)."""
+
+    megabytes: float
+    kind = "memory"
+    unit = "MB"
+    _of = " of activations"
+
+
+_LIMITS: dict[str, Any] = {
+    limit.kind: limit for limit in (LatencyLimit, EnergyLimit, MacsLimit, ParamsLimit, SizeLimit, MemoryLimit)
+}
+
+
+def show_cost(value: float, unit: str, digits: int = 4) -> str:
+    """A cost as people write it, `12 ms` or `600M MACs`, with so many digits that count."""
+    if unit in ("MACs", "parameters"):
+        return f"{value / 1e6:.{digits}g}M {unit}"
+    return f"{value:.{digits}g} {unit}"

@@ -1,241 +1,360 @@
-"""Search under a latency limit: explore, measure the finalists, refit, re-rank."""
+"""Search under limits: explore, measure the finalists, refit, re-rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwnas.errors import InputError, LimitError
 from hwnas.layers import lower, total_macs, total_params
-from hwnas.measurement import Measurement
-from hwnas.predictors import LatencyPredictor
-from hwnas.progress import Report, silent
-from hwnas.searching.limits import LatencyLimit
-from hwnas.searching.result import Candidate, Estimate, Result
-from hwnas.searching.strategies import CoarseToFine, RandomSearch, Scored, Strategy
+from hwnas.progress import Notice, Report, silent, unheard
+from hwnas.searching.bounds import Bounds, extreme
+from hwnas.searching.costs import LAYER_COSTS, Cost, LayerCost
+from hwnas.searching.fronts import front_slope, pareto, running_hypervolume
+from hwnas.searching.limits import LatencyLimit, Limit
+from hwnas.searching.result import Candidate, Result, Slope
+from hwnas.searching.strategies import Scored, make_strategy
 from hwnas.searching.study import Study
+from hwnas.searching.targets import Target
 from hwnas.space import Architecture, SearchSpace
 
 FINALISTS = 4  # measured at a time
 
 
 class Searcher:
-    """Finds the most accurate child under a latency limit on one device.
+    """Finds the most accurate child under all of some limits, perhaps on several devices.
 
-    Children are rejected by predicted latency before they are evaluated. The best ones are measured, the predictor
-    is fitted anew with what was measured, and the ranking is repeated until its best child has been measured and
-    keeps the limit. All evaluations are recorded as trials of an Optuna study, and an interrupted search goes on.
+    Children are rejected by predicted cost before they are evaluated. The best ones are measured on every device that
+    can be reached, the predictors are fitted anew with what was measured, and the ranking is repeated until its best
+    child has been measured and keeps the limits. All evaluations are recorded as trials of an Optuna study, and an
+    interrupted search goes on.
 
     Args:
         space: the search space.
-        predictor: of the device; fitted anew in place.
-        limit_ms: milliseconds.
-        confidence: with which an unmeasured child has to keep the limit.
+        limits: what the child has to keep.
+        targets: the devices of the limits and of the front, by name.
         evaluate: validation accuracies of children; it remembers each that it has worked out.
-        measure: puts children on the device.
-        measurements: what was measured on the device so far.
         storage_url: of Optuna's storage.
-        known: children that other searches have evaluated on the same weights; those that keep the limit are
-            candidates for the answer, so that a looser limit never gets a worse one than a tighter limit got.
+        confidence: with which an unmeasured child has to keep the limits.
+        strategy: a name that `make_strategy` knows.
+        front: a device, or a kind of limit without one (`macs`): look for the best children of every latency on it
+            (of every cost of that kind), up to the limit on it where there is one.
+        known: children that other searches have evaluated on the same weights. Those that keep the limits are what
+            the strategy starts from, and candidates for the answer: a looser limit never gets a worse one than a
+            tighter limit got.
+        weights: what identifies the supernet's weights.
         seed: of all chance.
         notice: told what a user should know.
 
     Raises:
-        InputError: a limit or confidence that makes no sense.
+        InputError: limits or a confidence that make no sense, an unknown strategy.
     """
 
     def __init__(
         self,
         space: SearchSpace,
-        predictor: LatencyPredictor,
+        limits: Sequence[Limit],
+        targets: Mapping[str, Target],
         *,
-        device: str,
-        limit_ms: float,
-        confidence: float,
         evaluate: Callable[[Sequence[Architecture]], Sequence[float]],
-        measure: Callable[[Sequence[Architecture]], Sequence[Measurement]],
-        measurements: Sequence[Measurement],
         storage_url: str,
+        confidence: float = 0.95,
+        strategy: str = "guided",
+        front: str | None = None,
         known: Callable[[], Sequence[Scored]] = tuple,
+        weights: str = "",
         seed: int = 0,
-        notice: Callable[[str], None] = lambda text: None,
+        notice: Notice = unheard,
     ) -> None:
-        self.space, self.predictor = space, predictor
-        self.evaluate, self.measure, self.known = evaluate, measure, known
-        self.storage_url, self.seed, self.notice = storage_url, seed, notice
-        self._measured = {m.arch: m for m in measurements if m.trusted}
+        self.space, self.limits, self.targets = space, tuple(limits), dict(targets)
+        self.confidence, self.strategy, self.weights, self.seed = confidence, strategy, weights, seed
+        self.evaluate, self.known, self.storage_url, self.notice = evaluate, known, storage_url, notice
+        self._layers = {kind: LayerCost(space, kind) for kind in LAYER_COSTS}
+        self.whole_front = front is not None
+        self._axis = self._find_axis(front)
         # Exploring goes by predictions alone: a measured latency changes a little with every further measurement,
         # and the same search must propose the same children when it goes on after an interruption.
-        self.limit = LatencyLimit(device, limit_ms, predictor, {}, confidence)
+        self.explored = self._bounds(measured=False)
+        self.pool: list[Scored] = []  # all that may be the answer
+
+    def _find_axis(self, front: str | None) -> tuple[str, str | None]:
+        if front is None:
+            if not self.limits:
+                raise InputError("a search needs a limit, or a front to look for")
+            latencies = [limit for limit in self.limits if isinstance(limit, LatencyLimit)]
+            first = (latencies or self.limits)[0]
+            return first.kind, first.device
+        return (front, None) if front in self._layers else ("latency", front)
+
+    # ------------------------------------------------------------ costs
+
+    def _cost(self, kind: str, device: str | None, *, measured: bool = True) -> Cost:
+        return self._layers[kind] if device is None else self.targets[device].cost(kind, measured=measured)
+
+    def _bounds(self, *, measured: bool = True) -> Bounds:
+        terms = [(limit, self._cost(limit.kind, limit.device, measured=measured)) for limit in self.limits]
+        return Bounds(self.space, terms, self.confidence)
+
+    def keeps(self, archs: Sequence[Architecture]) -> NDArray[np.bool_]:
+        """Which children keep the limits, (num_archs,), as measured where they were, and did not fail anywhere."""
+        failed = [any(arch in target.failed for target in self.targets.values()) for arch in archs]
+        return np.asarray(self._bounds().feasible(self.space.encode(archs)) & ~np.asarray(failed, dtype=bool))
+
+    # ------------------------------------------------------------ the search
 
     def run(self, num_evaluations: int, *, baseline: bool = True, report: Report = silent) -> Result:
         """Search.
 
         Args:
-            num_evaluations: children to evaluate; the baseline takes as many again.
+            num_evaluations: children to evaluate that were not known; the baseline takes as many again.
             baseline: whether to run random search beside it.
             report: told children evaluated and the best accuracy.
 
         Raises:
-            LimitError: no child keeps the limit; the message says the least possible latency.
+            InputError: fewer than one evaluation.
+            LimitError: no child keeps the limits; the message says the least possible value.
+            DeviceError: a device is there, but children fail on it.
         """
         if num_evaluations < 1:
             raise InputError(f"evaluations={num_evaluations}: must be at least 1")
-        self._check_limit()
+        for text in self.explored.check() if self.limits else []:
+            self.notice(text)
+        baseline = baseline and self.strategy != "random"
         total = num_evaluations * (2 if baseline else 1)
-        # Children are chosen before any finalist is measured, so that both strategies see the same limit.
-        rng = np.random.default_rng([self.seed, 0])
-        coarse = CoarseToFine(self.space, self.limit.feasible, num_evaluations, rng, size=self.limit.cost)
-        found = self.explore(coarse, "coarse-to-fine", lambda done, note: report(done, total, note))
+        # Children are chosen before any finalist is measured, so that both strategies see the same limits.
+        study = self._study(self.strategy, num_evaluations)
+        known = study.begin(self._known())
+        found = self._explore(
+            study, self.strategy, num_evaluations, known, lambda done, note: report(done, total, note)
+        )
         drawn: list[Scored] = []
         if baseline:
-            rng = np.random.default_rng([self.seed, 1])
-            uniform = RandomSearch(self.space, self.limit.feasible, len(found), rng)
-            drawn = self.explore(uniform, "random", lambda done, note: report(len(found) + done, total, note))
-        pool = [*found, *self._from_elsewhere(found, drawn)]
-        self.limit = replace(self.limit, measured=self._latencies())
-        best = self.confirm(pool)
-        random = self.confirm(drawn) if drawn else None
-        history = {"coarse-to-fine": [scored.accuracy for scored in found]}
+            study = self._study("random", len(found))
+            drawn = self._explore(
+                study, "random", len(found), (), lambda done, note: report(len(found) + done, total, note)
+            )
+        explored = {self.strategy: found} | ({"random": drawn} if drawn else {})
+        hypervolume = {name: self._hypervolume(scored) for name, scored in explored.items()}
+        question = self._question(self.strategy, num_evaluations) | {
+            "known": hashlib.sha256("".join(scored.arch.id for scored in known).encode()).hexdigest()[:12],
+            "baseline": baseline,
+        }
+        self.pool = [*found, *known]
+        best = self.confirm(self.pool)
+        if self.whole_front:
+            self._settle_front()
+        random = None
         if drawn:
-            history["random"] = [scored.accuracy for scored in drawn]
+            try:
+                random = self.candidate(self.confirm(drawn))
+            except LimitError:
+                self.notice("random search found no child that keeps the limits as measured")
+        kind, device = self._axis
         return Result(
-            limits=({"kind": "latency", "device": self.limit.device, "value": self.limit.ms, "unit": "ms"},),
-            confidence=self.limit.confidence,
-            strategy="coarse-to-fine",
+            limits=tuple(limit.to_dict() for limit in self.limits),
+            confidence=self.confidence,
+            strategy=self.strategy,
             seed=self.seed,
-            best=best,
-            front=pareto_front(
-                [self.candidate(scored) for scored in pool if self._keeps_limit(scored.arch)], self.limit.device
-            ),
+            best=self.candidate(best),
+            front=tuple(self.candidate(scored) for scored in self.front()),
             random=random,
-            history=history,
+            history={name: [one.accuracy for one in scored] for name, scored in explored.items()},
+            axis={"kind": kind, "device": device, "unit": self._cost(kind, device).unit},
+            num_known=len(known),
+            devices={name: target.source(best.arch) for name, target in self.targets.items()},
+            hypervolume=hypervolume,
+            slope=self._slopes([*known, *found, *drawn]),
+            weights=self.weights,
+            question=question,
         )
 
-    def _from_elsewhere(self, found: Sequence[Scored], drawn: Sequence[Scored]) -> list[Scored]:
-        """Known children that keep the limit, without those of this search and its baseline."""
-        own = {scored.arch for scored in (*found, *drawn)}
-        others = [scored for scored in self.known() if scored.arch not in own]
-        if not others:
-            return []
-        keeps = self.limit.feasible(self.space.encode([scored.arch for scored in others]))
-        return [scored for scored, fits in zip(others, keeps, strict=True) if fits]
+    def _known(self) -> list[Scored]:
+        """Known children that are predicted to keep the limits, in order of their ids."""
+        found = sorted(self.known(), key=lambda scored: scored.arch.id)
+        keeps = self.explored.feasible(self.space.encode([scored.arch for scored in found]))
+        return [scored for scored, kept in zip(found, keeps, strict=True) if kept]
 
-    def explore(
-        self, strategy: Strategy, name: str, report: Callable[[int, str], None] = lambda done, note: None
-    ) -> list[Scored]:
-        """Evaluate what a strategy proposes, as a study named `<limit>, <name> ...`."""
-        question = [self.predictor.to_dict(), self.limit.ms, self.limit.confidence, self.seed, strategy.budget]
-        study = Study(
+    # ------------------------------------------------------------ exploring
+
+    def _question(self, strategy: str, budget: int) -> dict[str, Any]:
+        """All that decides what a strategy proposes, but for what was known before."""
+        predictors = {
+            f"{kind} on {name}": _digest(predictor.to_dict())
+            for name, target in self.targets.items()
+            for kind, predictor in (("latency", target.predictor), ("energy", target.energy))
+            if predictor is not None
+        }
+        return {
+            "space": self.space.name,
+            "limits": [limit.to_dict() for limit in self.limits],
+            "confidence": self.confidence,
+            "front": list(self._axis) if self.whole_front else None,
+            "strategy": strategy,
+            "seed": self.seed,
+            "evaluations": budget,
+            "weights": self.weights,
+            "predictors": predictors,
+        }
+
+    def _study(self, strategy: str, budget: int) -> Study:
+        asked = self.explored.describe()
+        if self.whole_front:
+            asked += f", front over {' on '.join(part for part in self._axis if part)}"
+        return Study(
             self.space,
             self.storage_url,
-            f"{self.limit.describe()}, {name}",
-            question,
+            f"{asked}, {strategy}",
+            self._question(strategy, budget),
             evaluate=self.evaluate,
             about=self._about,
             notice=self.notice,
         )
-        return study.explore(strategy, lambda done, note: report(done, f"{name}: {note}"))
+
+    def _explore(
+        self,
+        study: Study,
+        strategy: str,
+        budget: int,
+        known: Sequence[Scored],
+        report: Callable[[int, str], None],
+    ) -> list[Scored]:
+        proposer = make_strategy(
+            strategy,
+            self.space,
+            feasible=self.explored.feasible,
+            size=self._size,
+            budget=budget,
+            rng=np.random.default_rng([self.seed, int(strategy == "random")]),
+            front=self.whole_front,
+        )
+        return study.explore(proposer, lambda done, note: report(done, f"{strategy}: {note}"), known=known)
+
+    def _size(self, genes: NDArray[np.int8]) -> NDArray[np.float64]:
+        """The share of the limits that children are expected to use; of a front, of what it ranges over."""
+        if not self.whole_front:
+            return self.explored.share(genes)
+        kind, device = self._axis
+        return self._cost(kind, device, measured=False).expected(genes) / self._range
+
+    @property
+    def _range(self) -> float:
+        """What the front ranges up to: the limit on its axis, or the costliest child."""
+        given = [limit.value for limit in self.limits if (limit.kind, limit.device) == self._axis]
+        if given:
+            return given[0]
+        if not hasattr(self, "_costliest"):
+            cost = self._cost(*self._axis, measured=False)
+            self._costliest = -extreme(self.space, lambda genes: -cost.expected(genes))[1]
+        return self._costliest
+
+    def _hypervolume(self, scored: Sequence[Scored]) -> list[float]:
+        costs = self._cost(*self._axis, measured=False).expected(self.space.encode([one.arch for one in scored]))
+        return running_hypervolume(costs / self._range, np.array([one.accuracy for one in scored]))
 
     def _about(self, arch: Architecture) -> tuple[dict[str, Any], dict[str, float]]:
-        mean, std = self.predictor.predict([arch])
-        layers = lower(self.space, arch)
-        over = float(self.limit.upper(self.space.encode([arch]))[0] - self.limit.ms)
-        costs = {"predicted_ms": float(mean[0]), "std_ms": float(std[0])}
-        return {**costs, "macs": total_macs(layers), "params": total_params(layers)}, {self.limit.describe(): over}
+        genes, layers = self.space.encode([arch]), lower(self.space, arch)
+        told: dict[str, Any] = {"macs": total_macs(layers), "params": total_params(layers)}
+        for name, target in self.targets.items():
+            mean, std = target.predictor.predict_genes(genes)
+            told |= {f"predicted ms on {name}": float(mean[0]), f"std ms on {name}": float(std[0])}
+        over = self.explored.over(genes)[0].tolist()
+        return told, {limit.describe(): value for limit, value in zip(self.limits, over, strict=True)}
 
     # ------------------------------------------------------------ confirming
 
-    def confirm(self, found: Sequence[Scored]) -> Candidate:
-        """The most accurate child that keeps the limit as measured.
+    def confirm(self, found: Sequence[Scored]) -> Scored:
+        """The most accurate child that keeps the limits as measured, wherever measuring is possible.
 
-        Measures the best few that have no measurement, refits, re-ranks, until the first in the ranking is a
-        measured one.
+        Measures the best few that were not measured, refits, re-ranks, until the first in the ranking is measured.
 
         Raises:
-            LimitError: none of the children keeps the limit as measured.
+            LimitError: none of the children keeps the limits as measured.
         """
         ranking = sorted(found, key=lambda scored: -scored.accuracy)
         while True:
-            ranking = [scored for scored in ranking if self._keeps_limit(scored.arch)]
-            if not ranking:
+            kept = self.keeps([scored.arch for scored in ranking])
+            finalists = [scored for scored, keeps in zip(ranking, kept, strict=True) if keeps]
+            if not finalists:
                 raise LimitError(
-                    f"{self.limit.describe()}: no evaluated child kept the limit as measured; "
+                    f"{self.explored.describe()}: no evaluated child kept the limits as measured; "
                     "evaluate more with --evaluations, or measure more with `hwnas profile`"
                 )
-            if ranking[0].arch in self._measured:
-                return self.candidate(ranking[0])
-            unmeasured = [scored.arch for scored in ranking if scored.arch not in self._measured]
-            self._measure(unmeasured[:FINALISTS])
-            failed = [arch for arch in unmeasured[:FINALISTS] if arch not in self._measured]
-            ranking = [scored for scored in ranking if scored.arch not in failed]
+            if not self.settle([scored.arch for scored in finalists[:1]], ahead=finalists):
+                return finalists[0]
 
-    def _measure(self, archs: Sequence[Architecture]) -> None:
-        for measurement in self.measure(archs):
-            if measurement.trusted:
-                self._measured[measurement.arch] = measurement
-            else:
-                why = measurement.error or measurement.rejection
-                self.notice(f"{measurement.arch.describe()}: not measured: {why}")
-        known = list(self._measured)
-        self.predictor.fit(known, [self._measured[arch].latency_ms for arch in known])
-        self.limit = replace(self.limit, measured=self._latencies())
+    def settle(self, archs: Sequence[Architecture], ahead: Sequence[Scored] = ()) -> bool:
+        """Measure children wherever that is possible and was not done; whether anything was.
 
-    def _keeps_limit(self, arch: Architecture) -> bool:
-        return bool(self.limit.feasible(self.space.encode([arch]))[0])
+        Args:
+            archs: the children.
+            ahead: a ranking; where a child has to be measured, the best few of these are, too: most likely they will
+                be wanted next.
+        """
+        targets = self.targets.values()
+        if all(target.settled(arch) for arch in archs for target in targets):
+            return False
+        wanted = list(dict.fromkeys([*archs, *(scored.arch for scored in ahead)]))
+        wanted = [arch for arch in wanted if not all(target.settled(arch) for target in targets)][:FINALISTS]
+        for target in targets:
+            target.measure(wanted)
+            # What failed on one device, or turned out too slow, is not carried to the next.
+            wanted = [arch for arch, kept in zip(wanted, self.keeps(wanted), strict=True) if kept]
+        return True
 
-    def _latencies(self) -> dict[bytes, float]:
-        archs = list(self._measured)
-        return {
-            genes.tobytes(): self._measured[arch].latency_ms
-            for arch, genes in zip(archs, self.space.encode(archs), strict=True)
-        }
+    def _settle_front(self) -> None:
+        while any(self.settle([scored.arch]) for scored in self.front()):
+            pass
+
+    # ------------------------------------------------------------ telling
+
+    def front(self) -> list[Scored]:
+        """Children of the pool that keep the limits, and that no other beats in accuracy and cost, cheapest first."""
+        archs = [scored.arch for scored in self.pool]
+        kept = [scored for scored, keeps in zip(self.pool, self.keeps(archs), strict=True) if keeps]
+        costs = self._cost(*self._axis).expected(self.space.encode([scored.arch for scored in kept]))
+        return [kept[index] for index in pareto(costs, np.array([scored.accuracy for scored in kept]))]
 
     def candidate(self, scored: Scored) -> Candidate:
         """All that is known of an evaluated child."""
-        mean, std = self.predictor.predict([scored.arch])
         layers = lower(self.space, scored.arch)
-        measured = self._measured.get(scored.arch)
         return Candidate(
             architecture=scored.arch,
             accuracy=scored.accuracy,
             macs=total_macs(layers),
             params=total_params(layers),
-            latency={
-                self.limit.device: Estimate(
-                    predicted=float(mean[0]),
-                    std=float(std[0]),
-                    measured=None if measured is None else measured.latency_ms,
-                )
+            file_bytes=self._megabytes("size", scored.arch),
+            peak_bytes=self._megabytes("memory", scored.arch),
+            latency={name: target.estimate("latency", scored.arch) for name, target in self.targets.items()},
+            energy={
+                name: target.estimate("energy", scored.arch)
+                for name, target in self.targets.items()
+                if target.energy is not None
             },
         )
 
-    def _check_limit(self) -> None:
-        """Say so where no child, or every child, keeps the limit."""
-        smallest, largest = self.space.encode([self.space.smallest(), self.space.largest()])
-        rng = np.random.default_rng([self.seed, 2])
-        near = self.space.encode([self.space.mutate(self.space.smallest(), rng, 0.05) for _ in range(200)])
-        pool = np.concatenate([smallest[None], near, self.space.sample_genes(10_000, rng)])
-        upper = self.limit.upper(pool)
-        if not (upper <= self.limit.ms).any():
-            least = int(np.argmin(upper))
-            arch = self.space.decode(pool[least])
-            raise LimitError(
-                f"no child of space {self.space.name!r} keeps {self.limit.describe()} with {self.limit.confidence:.0%} "
-                f"confidence: the least possible is {upper[least]:.4g} ms ({arch.describe()})"
-            )
-        cost = float(self.limit.cost(largest[None])[0])
-        if self.limit.feasible(largest[None])[0]:
-            self.notice(f"the limit of {self.limit.describe()} is above the biggest child ({cost:.4g} ms): all keep it")
+    def _megabytes(self, kind: str, arch: Architecture) -> int:
+        return round(1e6 * float(self._layers[kind].expected(self.space.encode([arch]))[0]))
+
+    def _slopes(self, scored: Sequence[Scored]) -> dict[str, Slope]:
+        """What one more millisecond buys on each device with a latency limit, the others being kept."""
+        found = {}
+        genes = self.space.encode([one.arch for one in scored])
+        accuracies = np.array([one.accuracy for one in scored])
+        over = self._bounds().over(genes)
+        for column, limit in enumerate(self.limits):
+            if isinstance(limit, LatencyLimit):
+                others = (np.delete(over, column, axis=1) <= 0).all(axis=1)
+                costs = self._cost(limit.kind, limit.device).expected(genes[others])
+                slope = front_slope(costs, accuracies[others], limit.value, np.random.default_rng([self.seed, 2]))
+                if slope is not None:
+                    found[limit.device] = slope
+        return found
 
 
-def pareto_front(candidates: Sequence[Candidate], device: str) -> tuple[Candidate, ...]:
-    """Those that no other beats in both latency on a device and accuracy, fastest first."""
-    front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.latency[device].value, -c.accuracy)):
-        if not front or candidate.accuracy > front[-1].accuracy:
-            front.append(candidate)
-    return tuple(front)
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

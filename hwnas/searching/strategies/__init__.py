@@ -1,7 +1,56 @@
 """Search strategies: which child to evaluate next."""
 
-from hwnas.searching.strategies.base import Scored, Strategy
-from hwnas.searching.strategies.coarse_to_fine import CoarseToFine
-from hwnas.searching.strategies.random import RandomSearch
+from __future__ import annotations
 
-__all__ = ["CoarseToFine", "RandomSearch", "Scored", "Strategy"]
+from importlib import import_module
+
+import numpy as np
+
+from hwnas.errors import InputError
+from hwnas.searching.strategies.base import Feasible as Feasible
+from hwnas.searching.strategies.base import Scored as Scored
+from hwnas.searching.strategies.base import Size as Size
+from hwnas.searching.strategies.base import Strategy as Strategy
+from hwnas.space import SearchSpace
+
+DEFAULT = "guided"
+
+# Each strategy's module and class: a new one is a line here. Modules load on first use.
+_STRATEGIES = {
+    "guided": ("guided", "Guided"),
+    "coarse-to-fine": ("coarse_to_fine", "CoarseToFine"),
+    "evolution": ("evolution", "Evolution"),
+    "nsga2": ("optuna_samplers", "Nsga2"),
+    "tpe": ("optuna_samplers", "Tpe"),
+    "random": ("random", "RandomSearch"),
+}
+
+
+def strategy_names() -> tuple[str, ...]:
+    """The names that `make_strategy` knows, the default first."""
+    return tuple(_STRATEGIES)
+
+
+def make_strategy(
+    name: str,
+    space: SearchSpace,
+    *,
+    feasible: Feasible,
+    size: Size,
+    budget: int,
+    rng: np.random.Generator,
+    front: bool = False,
+) -> Strategy:
+    """A strategy by its name; see `Strategy` for the arguments.
+
+    `guided` fits a model of the accuracy to the evaluated children, `coarse-to-fine` is BigNAS's, `evolution` that of
+    Single Path One-Shot, `nsga2` and `tpe` are Optuna's samplers, `random` is the baseline.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in _STRATEGIES:
+        raise InputError(f"unknown strategy {name!r}: not one of {', '.join(_STRATEGIES)}")
+    module, kind = _STRATEGIES[name]
+    found: type[Strategy] = getattr(import_module(f"hwnas.searching.strategies.{module}"), kind)
+    return found(space, feasible=feasible, size=size, budget=budget, rng=rng, front=front)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.space import Architecture, Genes, SearchSpace
+from hwnas.searching.strategies.sampling import FeasibleSampler
+from hwnas.space import Architecture, FloatArray, Genes, SearchSpace
+
+Feasible: TypeAlias = Callable[[Genes], NDArray[np.bool_]]
+Size: TypeAlias = Callable[[Genes], FloatArray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,27 +29,75 @@ class Scored:
 class Strategy(ABC):
     """Proposes feasible children, a few at a time.
 
-    `propose` is called with everything that this search has evaluated so far, in order, until the evaluations are
-    spent or it returns none. It must return children that keep the limits and are not in the history, and it draws
-    chance from `rng` alone: the same history and seed then give the same proposals, so that an interrupted search
-    goes on where it was.
+    `propose` is called with all that is known, in order: first children that were evaluated for another search, if
+    any, then what this strategy proposed. It is called until the evaluations are spent or it returns none. What it
+    returns keeps the limits, is not in the history, and is a function of the history and of `rng` as it was given:
+    so an interrupted search goes on where it was, and a second worker finds the same.
 
     Args:
         space: the search space.
         feasible: which of some children, as genes (num_archs, num_genes), keep the limits: (num_archs,) bool.
-        budget: evaluations there will be.
-        rng: source of chance.
+        size: their share of the limits used, (num_archs,): up to 1 where a child keeps them, more or less.
+        budget: evaluations there will be, beside those known before.
+        rng: source of chance; one number is drawn from it.
+        front: look for the best children of every size instead of the best one.
     """
 
     def __init__(
         self,
         space: SearchSpace,
-        feasible: Callable[[Genes], NDArray[np.bool_]],
+        *,
+        feasible: Feasible,
+        size: Size,
         budget: int,
         rng: np.random.Generator,
+        front: bool = False,
     ) -> None:
-        self.space, self.feasible, self.budget, self.rng = space, feasible, budget, rng
+        self.space, self.feasible, self.size, self.budget, self.front = space, feasible, size, budget, front
+        self.seed = int(rng.integers(2**31))
+        self.sampler = FeasibleSampler(space, feasible, size)
+        self._rows: dict[Architecture, Genes] = {}
 
     @abstractmethod
     def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
         """The next children to evaluate, different ones, at most `count`; none when the strategy finds no further."""
+
+    # ------------------------------------------------------------ for those who propose
+
+    def rng(self, history: Sequence[Scored]) -> np.random.Generator:
+        """Chance for the next proposal, the same whenever it is asked for."""
+        return np.random.default_rng([self.seed, len(history)])
+
+    def arrays(self, history: Sequence[Scored]) -> tuple[Genes, FloatArray]:
+        """Genes (num_scored, num_genes) and accuracies (num_scored,) of a history."""
+        for scored in history:
+            if scored.arch not in self._rows:
+                self._rows[scored.arch] = self.space.encode([scored.arch])[0]
+        rows = [self._rows[scored.arch] for scored in history]
+        genes = np.stack(rows) if rows else np.empty((0, len(self.space.genes)), dtype=np.int8)
+        return genes, np.array([scored.accuracy for scored in history])
+
+    def fill(self, batches: Iterable[Genes], known: Genes, count: int) -> list[Architecture]:
+        """The first different children of the batches that are feasible and not known.
+
+        Args:
+            batches: genes (any number, num_genes), best first; only as many are asked for as it takes.
+            known: genes (num_known, num_genes).
+            count: at most so many.
+        """
+        seen = {row.tobytes() for row in known}
+        found: list[Genes] = []
+        if count < 1:
+            return []
+        for batch in batches:
+            for row in batch[self.feasible(batch)]:
+                if row.tobytes() not in seen:
+                    seen.add(row.tobytes())
+                    found.append(row)
+                if len(found) == count:
+                    return [self.space.decode(genes) for genes in found]
+        return [self.space.decode(genes) for genes in found]
+
+    def random(self, rng: np.random.Generator, rounds: int = 50) -> Iterator[Genes]:
+        """Feasible children drawn at random, for `fill`; ends, as a small space holds no more new ones."""
+        return islice(self.sampler.draws(rng), rounds)

@@ -2,93 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hwnas.searching.strategies.base import Scored, Strategy
+from hwnas.searching.strategies.base import Feasible, Scored, Size, Strategy
+from hwnas.searching.strategies.fronts import by_rank
 from hwnas.space import Architecture, Genes, SearchSpace
 
 MUTATIONS = 128  # drawn at once
 ROUNDS = 20
+PROBABILITY = 0.1  # of a choice to be drawn anew, as in published reproductions
+GOLDEN = (5**0.5 - 1) / 2
+COARSE_SHARE = 0.4  # of the evaluations
+
+
+def skeletons(space: SearchSpace, feasible: Feasible, size: Size, *, front: bool) -> Genes:
+    """Feasible skeletons in the order in which they are worth trying, (num_skeletons, num_genes).
+
+    The smallest child first; then the largest share of the limit first, and the resolutions in turn. With `front`, all
+    sizes in turn, ever closer to each other (steps of the golden ratio).
+    """
+    genes = space.encode(space.skeletons())
+    genes = genes[np.argsort(-size(genes), kind="stable")]
+    genes = genes[feasible(genes)]
+    if front:
+        order = np.argsort(np.arange(len(genes)) * GOLDEN % 1, kind="stable")
+    else:
+        place = np.zeros(len(genes), dtype=int)  # among those of the same resolution
+        for index in range(len(space.resolution)):
+            same = genes[:, 0] == index
+            place[same] = np.arange(same.sum())
+        order = np.argsort(place, kind="stable")
+    smallest = space.encode([space.smallest()])
+    return np.concatenate([smallest[feasible(smallest)], genes[order]])
 
 
 class CoarseToFine(Strategy):
     """First network-wise skeletons, then stage-wise mutations of the best child.
 
     Coarse: the smallest child, so that the answer is never worse than it; then the grid of `SearchSpace.skeletons`,
-    those within the limits, largest share of the limit first and the resolutions in turn, until `coarse_share` of the
-    evaluations is spent. Fine: every choice of the best child so far is replaced with `probability`; where no new
-    feasible child turns up, the probability grows. The child that is mutated uses at least half of what the costliest
-    one so far uses: the sandwich rule trains the smallest child most, and near it little is better.
+    those within the limits, largest share of the limit first and the resolutions in turn, until 40% of the evaluations
+    are spent. Fine: every choice of the best child so far is replaced with probability 0.1; where no new feasible child
+    turns up, the probability grows. The child that is mutated uses at least half of what the costliest one so far uses:
+    the sandwich rule trains the smallest child most, and near it little is better.
+
+    With `front`, skeletons of all sizes in turn, and a child of the Pareto front is mutated, drawn anew for each batch.
 
     Args:
-        space, feasible, budget, rng: see `Strategy`.
-        size: the cost by which skeletons are ordered, (num_archs,) for genes (num_archs, num_genes).
-        coarse_share: of the evaluations.
-        probability: of a choice to be drawn anew; 0.1 as in published reproductions.
+        space, feasible, size, budget, rng, front: see `Strategy`.
     """
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        feasible: Callable[[Genes], NDArray[np.bool_]],
-        budget: int,
-        rng: np.random.Generator,
-        *,
-        size: Callable[[Genes], NDArray[np.float64]],
-        coarse_share: float = 0.4,
-        probability: float = 0.1,
-    ) -> None:
-        super().__init__(space, feasible, budget, rng)
-        self.probability, self._size = probability, size
-        skeletons = dict.fromkeys([space.smallest(), *self._feasible_skeletons(size)])
-        fits = feasible(space.encode(skeletons))
-        self._skeletons = [arch for arch, fit in zip(skeletons, fits, strict=True) if fit]
-        self._skeletons = self._skeletons[: max(1, round(coarse_share * budget))]
-
-    def _feasible_skeletons(self, size: Callable[[Genes], NDArray[np.float64]]) -> Iterator[Architecture]:
-        archs = list(self.space.skeletons())
-        genes = self.space.encode(archs)
-        feasible, sizes = self.feasible(genes), size(genes)
-        by_resolution: dict[int, list[Architecture]] = {}
-        for index in np.argsort(-sizes, kind="stable"):
-            if feasible[index]:
-                by_resolution.setdefault(archs[index].resolution, []).append(archs[index])
-        for turn in zip_longest(*by_resolution.values()):
-            yield from (arch for arch in turn if arch is not None)
+    @cached_property
+    def _skeletons(self) -> Genes:
+        return skeletons(self.space, self.feasible, self.size, front=self.front)
 
     def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
         """See `Strategy`."""
-        known = {scored.arch for scored in history}
-        coarse = [arch for arch in self._skeletons if arch not in known]
+        rng = self.rng(history)
+        genes, accuracies = self.arrays(history)
+        wanted = max(1, round(COARSE_SHARE * self.budget))
+        coarse = self.fill([self._skeletons[:wanted]], genes, count)
         if coarse:
-            return coarse[:count]
-        if not history:
-            return self._first(count)
-        sizes = self._size(self.space.encode([scored.arch for scored in history]))
-        costly = [scored for scored, size in zip(history, sizes, strict=True) if size >= sizes.max() / 2]
-        parent = max(costly, key=lambda scored: scored.accuracy).arch
-        return self._mutants(parent, known, count)
+            return coarse
+        if not history:  # no skeleton is feasible
+            return self.fill([self.space.encode([self.space.smallest()]), *self.random(rng)], genes, count)
+        sizes = self.size(genes)
+        if self.front:
+            ranks = by_rank(accuracies, sizes)
+            parent = genes[ranks[rng.integers(max(1, len(ranks) // 10))]]
+        else:
+            costly = np.flatnonzero(sizes >= sizes.max() / 2)
+            parent = genes[costly[np.argmax(accuracies[costly])]]
+        return self.fill(self._mutants(parent, rng), genes, count)
 
-    def _mutants(self, parent: Architecture, known: set[Architecture], count: int) -> list[Architecture]:
-        found: dict[Architecture, None] = {}  # in order
+    def _mutants(self, parent: Genes, rng: np.random.Generator) -> Iterator[Genes]:
+        parents = np.repeat(parent[None], MUTATIONS, axis=0)
         for number in range(ROUNDS):
-            probability = min(1.0, self.probability * 1.15**number)
-            archs = [self.space.mutate(parent, self.rng, probability) for _ in range(MUTATIONS)]
-            feasible = self.feasible(self.space.encode(archs))
-            for arch, fits in zip(archs, feasible, strict=True):
-                if fits and arch not in known:
-                    found[arch] = None
-                if len(found) == count:
-                    return list(found)
-        return list(found)
-
-    def _first(self, count: int) -> list[Architecture]:
-        """Where no skeleton is feasible: mutations of the smallest child, or itself."""
-        smallest = self.space.smallest()
-        if self.feasible(self.space.encode([smallest]))[0]:
-            return [smallest]
-        return self._mutants(smallest, set(), count)
+            yield self.space.mutate_genes(parents, rng, min(1.0, PROBABILITY * 1.15**number))

@@ -7,26 +7,14 @@ from collections.abc import Sequence
 from hwnas.searching.strategies.base import Scored, Strategy
 from hwnas.space import Architecture
 
-DRAWS = 4096
-ROUNDS = 50
-
 
 class RandomSearch(Strategy):
-    """Feasible children drawn uniformly: each choice uniform, children beyond the limits thrown away.
+    """Children drawn with each choice uniform, given that they keep the limits (see `FeasibleSampler`).
 
-    Gives up where 200,000 draws hold no feasible child that is new.
+    With `front` as well: such children cover the sizes as the space does.
     """
 
     def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
         """See `Strategy`."""
-        known = {scored.arch for scored in history}
-        found: dict[Architecture, None] = {}  # in order
-        for _ in range(ROUNDS):
-            genes = self.space.sample_genes(DRAWS, self.rng)
-            for row in genes[self.feasible(genes)]:
-                arch = self.space.decode(row)
-                if arch not in known:
-                    found[arch] = None
-                if len(found) == count:
-                    return list(found)
-        return list(found)
+        genes, _ = self.arrays(history)
+        return self.fill(self.random(self.rng(history)), genes, count)
