@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
@@ -120,6 +121,11 @@ class Bars:
 
 
 Plot: TypeAlias = Chart | Bars
+
+
+def file_name(*words: str) -> str:
+    """The words as a plot's name, which is also that of its files: `front-cpu`."""
+    return re.sub(r"[^\w.-]+", "_", "-".join(words))
 
 
 def to_csv(plot: Plot, texts: Mapping[str, str]) -> str:

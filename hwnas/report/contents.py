@@ -80,7 +80,8 @@ class Contents:
         created: when the report was made.
         space: the search space, as `SearchSpace.to_dict` gives it, for the drawings.
         children: by id, every child that can be opened: `text`, `architecture`, `sizes` (sides of the feature maps
-            after the stem and each stage, pixels), `accuracy` (None if not known), `macs`, `params`, `latency`.
+            after the stem and each stage, pixels), `accuracy` (None if not known), `macs`, `params`,
+            `file_bytes`, `peak_bytes`, `latency`.
         overview: the answers as a table.
         answers: one by one, the latest first.
         sections: in order.

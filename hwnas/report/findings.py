@@ -9,11 +9,11 @@ from typing import Any
 
 from hwnas.config import read_json
 from hwnas.errors import InputError
-from hwnas.layers import LayerSums
 from hwnas.measurement import Measurement
 from hwnas.predictors import LatencyPredictor
 from hwnas.report.fit import FitPoint, fit_points, load_fit
 from hwnas.run import Run
+from hwnas.searching.costs import LayerCost
 from hwnas.searching.result import Candidate, Estimate, Result
 from hwnas.space import Architecture
 from hwnas.store import Evaluation, Store
@@ -70,7 +70,8 @@ class Findings:
         if not archs:
             return []
         genes = self.run.space.encode(archs)
-        sums = LayerSums(self.run.space, lambda layer: (layer.macs, layer.params))(genes)
+        kinds = ("macs", "params", "size", "memory")
+        costs_of = [LayerCost(self.run.space, kind).expected(genes).tolist() for kind in kinds]
         latency: list[dict[str, Estimate]] = [{} for _ in archs]
         for device, predictor in self.predictors.items():
             measured = self.measurements.get(device, {})
@@ -78,8 +79,18 @@ class Findings:
                 known = measured[arch].latency_ms if arch in measured else None
                 costs[device] = Estimate(predicted=float(mean), std=float(std), measured=known)
         return [
-            Candidate(architecture=arch, accuracy=accuracy, macs=int(macs), params=int(params), latency=costs)
-            for arch, accuracy, (macs, params), costs in zip(archs, accuracies, sums, latency, strict=True)
+            Candidate(
+                architecture=arch,
+                accuracy=accuracy,
+                macs=round(macs),
+                params=round(params),
+                file_bytes=round(1e6 * megabytes),
+                peak_bytes=round(1e6 * peak),
+                latency=costs,
+            )
+            for arch, accuracy, macs, params, megabytes, peak, costs in zip(
+                archs, accuracies, *costs_of, latency, strict=True
+            )
         ]
 
     def _members(self) -> list[Candidate]:

@@ -14,7 +14,7 @@ from hwnas.config import read_json
 from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.predictors.base import FloatArray
-from hwnas.report.charts import Axis, Chart, Mark, Series, table_csv
+from hwnas.report.charts import Axis, Chart, Mark, Series, file_name, table_csv
 from hwnas.report.png import can_draw, write_png
 from hwnas.space import Architecture
 
@@ -110,7 +110,7 @@ def fit_charts(device: str, points: Iterable[FitPoint]) -> tuple[Chart, Chart]:
     x = Axis(label="measured latency", unit="ms")
     return (
         Chart(
-            name=f"predicted-{device}",
+            name=file_name("predicted", device),
             title=f"Predicted against measured on {device}",
             x=x,
             y=Axis(label="predicted latency", unit="ms"),
@@ -118,7 +118,7 @@ def fit_charts(device: str, points: Iterable[FitPoint]) -> tuple[Chart, Chart]:
             band="ratio",
         ),
         Chart(
-            name=f"residual-{device}",
+            name=file_name("residual", device),
             title=f"Residual by size on {device}",
             x=x,
             y=Axis(label="predicted over measured", unit="%"),

@@ -15,16 +15,16 @@ from hwnas.config import read_json
 from hwnas.errors import InputError
 from hwnas.layers import Layer, lower
 from hwnas.report import words
-from hwnas.report.charts import Axis, Bars, Chart, Series
+from hwnas.report.charts import Axis, Bars, Chart, Series, file_name
 from hwnas.report.contents import Answer, Contents, Facts, Section, Table
 from hwnas.report.findings import Findings
 from hwnas.report.fit import fit_charts
 from hwnas.run import Run
+from hwnas.searching.limits import Limit, show_cost
 from hwnas.searching.result import Candidate, Estimate, Result
 from hwnas.space import Architecture, SearchSpace
 
 MAX_CHILDREN = 3000  # drawn in one series: more make a page slow and show no more
-MACS = "macs"  # stands for a device where an answer is about none
 
 
 def gather(run: Run, command: str) -> Contents:
@@ -89,6 +89,8 @@ def _child(space: SearchSpace, candidate: Candidate) -> dict[str, Any]:
         "accuracy": candidate.accuracy if math.isfinite(candidate.accuracy) else None,
         "macs": candidate.macs,
         "params": candidate.params,
+        "file_bytes": candidate.file_bytes,
+        "peak_bytes": candidate.peak_bytes,
         "latency": {device: asdict(estimate) for device, estimate in candidate.latency.items()},
     }
 
@@ -101,7 +103,14 @@ def _children(plot: object) -> Iterable[str]:
 
 
 def _title(result: Result) -> str:
-    return ", ".join(f"≤ {words.limit(limit)}" for limit in result.limits) or "No limit"
+    limits = [f"≤ {Limit.from_dict(limit).describe()}" for limit in result.limits]
+    front = [f"Front over {' on '.join(filter(None, result.question['front']))}"] if _is_front(result) else []
+    return ", ".join([*front, *limits])
+
+
+def _is_front(result: Result) -> bool:
+    """Whether it was to find the best child of every cost, not of the limits only."""
+    return result.question.get("front") is not None
 
 
 def _overview(results: Sequence[Result]) -> Table:
@@ -137,9 +146,11 @@ def _answer(result: Result) -> Answer:
         known = "predicted" if energy.measured is None else "measured"
         figures.append((f"Energy on {device}", f"{words.digits(energy.value)} mJ", known))
     for device, slope in result.slope.items():
-        bought = f"{slope.points_per_ms:+.2g} points"
-        remark = f"± {slope.std:.1g}, by the slope of the front at the limit"
-        figures.append((f"One more ms on {device}", bought, remark))
+        limits = [one["value"] for one in result.limits if (one["kind"], one["device"]) == ("latency", device)]
+        for ms in limits:  # a whole millisecond is too much for a small network
+            bought = f"{slope.points_per_ms * ms / 10:+.2f} points"
+            remark = f"± {slope.std * ms / 10:.2f}, for {words.digits(ms / 10)} ms by the slope of the front"
+            figures.append((f"10% more time on {device}", bought, remark))
     known = f", {result.num_known} known before" if result.num_known else ""
     facts = [
         ("Strategy", f"{result.strategy}, seed {result.seed}"),
@@ -167,68 +178,75 @@ def _how_known(estimate: Estimate, result: Result, device: str) -> str:
 
 def _fronts(found: Findings) -> Section:
     results = found.results.values()
-    axes = dict.fromkeys(result.device or MACS for result in results)
-    axes |= dict.fromkeys(limit["device"] for result in results for limit in result.limits if limit["device"])
+    kinds = {
+        (str(one["kind"]), one["device"]): None for result in results for one in (*result.limits, result.axis) if one
+    }
     return Section(
         id="fronts",
-        title="Accuracy against latency" if MACS not in axes else "Accuracy against cost",
+        title="Accuracy against cost",
         text="Every evaluated child. The line is the front: no other child is both cheaper and more accurate. Filled "
-        "marks were measured on the device, open ones are predicted.",
-        plots=tuple(_front(found, axis) for axis in axes),
+        "marks are measured or exact, open ones are predicted.",
+        plots=tuple(_front(found, kind, device) for kind, device in kinds),
     )
 
 
-def _front(found: Findings, axis: str) -> Chart:
-    cost = _cost(axis)
-    children = [one for one in found.evaluated.values() if axis == MACS or axis in one.latency]
-    children.sort(key=lambda one: (cost(one), -one.accuracy))
-    front: list[Candidate] = []
-    for one in children:
-        if not front or one.accuracy > front[-1].accuracy:
-            front.append(one)
-    known = [one for one in children if axis == MACS or one.latency[axis].measured is not None]
-    known_ids = {one.architecture.id for one in known}
-    about = [one for one in found.results.values() if axis == MACS or axis in one.best.latency]
-    rules = dict.fromkeys(
-        (limit["value"] / (1e6 if axis == MACS else 1), words.limit({**limit, "device": None}))
+# What a front is drawn over: the axis, and the cost of a child on it (for `latency` and `energy` on the device).
+_COSTS: dict[str, tuple[Axis, Callable[[Candidate, str | None], float | Estimate | None]]] = {
+    "latency": (Axis(label="latency", unit="ms"), lambda one, device: one.latency.get(str(device))),
+    "energy": (Axis(label="energy", unit="mJ"), lambda one, device: one.energy.get(str(device))),
+    "macs": (Axis(label="multiply-adds", unit="M"), lambda one, _: one.macs / 1e6),
+    "params": (Axis(label="parameters", unit="M"), lambda one, _: one.params / 1e6),
+    "size": (Axis(label="file size", unit="MB"), lambda one, _: one.file_bytes and one.file_bytes / 1e6),
+    "memory": (Axis(label="peak memory", unit="MB"), lambda one, _: one.peak_bytes and one.peak_bytes / 1e6),
+}
+
+
+def _front(found: Findings, kind: str, device: str | None) -> Chart:
+    axis, cost_of = _COSTS[kind]
+    costs = {id: cost for id, one in found.evaluated.items() if (cost := cost_of(one, device)) is not None}
+    values = {id: cost.value if isinstance(cost, Estimate) else cost for id, cost in costs.items()}
+    ordered = sorted(values, key=lambda id: (values[id], -found.evaluated[id].accuracy))
+    front: list[str] = []
+    for id in ordered:
+        if not front or found.evaluated[id].accuracy > found.evaluated[front[-1]].accuracy:
+            front.append(id)
+    predicted = {id for id, cost in costs.items() if isinstance(cost, Estimate) and cost.measured is None}
+    about = [one for one in found.results.values() if cost_of(one.best, device) is not None]
+    drawn = [one.random.architecture.id for one in about if one.random is not None]
+    best = [one.best.architecture.id for one in about]
+    scale = 1e6 if axis.unit == "M" else 1.0
+    rules = {
+        (limit["value"] / scale, show_cost(limit["value"], limit["unit"], digits=6))
         for one in about
         for limit in one.limits
-        if (limit["kind"], limit["device"]) == ((MACS, None) if axis == MACS else ("latency", axis))
-    )
+        if (limit["kind"], limit["device"]) == (kind, device)
+    }
 
-    def series(name: str, some: Sequence[Candidate], **options: Any) -> list[Series]:
-        ids = tuple(one.architecture.id for one in some)
-        x, y = tuple(cost(one) for one in some), tuple(100 * one.accuracy for one in some)
-        return [Series(name=name, x=x, y=y, children=ids, **options)] if some else []
+    def series(name: str, ids: Sequence[str], **options: Any) -> list[Series]:
+        x, y = tuple(values[id] for id in ids), tuple(100 * found.evaluated[id].accuracy for id in ids)
+        return [Series(name=name, x=x, y=y, children=tuple(ids), **options)] if ids else []
 
-    def latest(candidates: Iterable[Candidate | None]) -> list[Candidate]:
-        return [found.evaluated[one.architecture.id] for one in candidates if one is not None]
-
-    predicted = [one for one in children if one.architecture.id not in known_ids]
     return Chart(
-        name=f"front-{axis}",
-        title="By multiply-adds" if axis == MACS else f"On {axis}",
-        x=Axis(label="multiply-adds", unit="M") if axis == MACS else Axis(label="latency", unit="ms"),
+        name=file_name("front", *([] if kind == "latency" else [kind]), *([] if device is None else [device])),
+        title=f"By {axis.label}" + (f" on {device}" if device else ""),
+        x=axis,
         y=Axis(label="validation accuracy", unit="%"),
         series=(
-            *series("predicted", _thinned(predicted), mark="ring"),
-            *series("evaluated" if axis == MACS else "measured", _thinned(known), mark="dot"),
+            *series("predicted", _thinned([id for id in ordered if id in predicted]), mark="ring"),
+            *series(
+                "measured" if device else "evaluated",
+                _thinned([id for id in ordered if id not in predicted]),
+                mark="dot",
+            ),
             *series("front", front, mark="step", strong=True),
-            *series("best of random search", latest(one.random for one in about), mark="cross"),
-            *series("answer", latest(one.best for one in about), mark="diamond", strong=True),
+            *series("best of random search", drawn, mark="cross"),
+            *series("answer", best, mark="diamond", strong=True),
         ),
-        rules=tuple(rules),
+        rules=tuple(sorted(rules)),
     )
 
 
-def _cost(axis: str) -> Callable[[Candidate], float]:
-    """What the axis shows of a child: ms measured, else predicted, on a device; millions of multiply-adds."""
-    if axis == MACS:
-        return lambda candidate: candidate.macs / 1e6
-    return lambda candidate: candidate.latency[axis].value
-
-
-def _thinned(children: Sequence[Candidate]) -> Sequence[Candidate]:
+def _thinned(children: Sequence[str]) -> Sequence[str]:
     """At most `MAX_CHILDREN`, evenly over their order."""
     return children[:: max(1, -(-len(children) // MAX_CHILDREN))]
 
@@ -238,11 +256,11 @@ def _searches(found: Findings) -> Section:
     for name, result in found.results.items():
         y = Axis(label="best validation accuracy", unit="%")
         best = {strategy: _running_best(values) for strategy, values in result.history.items()}
-        plots.append(_history(f"history-{name}", _title(result), y, best, result.strategy))
-        if result.hypervolume:
+        plots.append(_history(file_name("history", name), _title(result), y, best, result.strategy))
+        if _is_front(result):
             y = Axis(label="hypervolume of the front", unit="%")
             title = f"{_title(result)}: hypervolume"
-            plots.append(_history(f"hypervolume-{name}", title, y, result.hypervolume, result.strategy))
+            plots.append(_history(file_name("hypervolume", name), title, y, result.hypervolume, result.strategy))
     return Section(
         id="history",
         title="Search history",
@@ -280,7 +298,7 @@ def _milliseconds(found: Findings) -> Section:
             except (KeyError, InputError):  # no predictor, or one that does not know single layers
                 continue
             title = _title(result) if len(result.best.latency) == 1 else f"{_title(result)}: on {device}"
-            plots.append(stage_bars(f"layers-{name}-{device}", title, layers))
+            plots.append(stage_bars(file_name("layers", name, device), title, layers))
     return Section(
         id="layers",
         title="Where the milliseconds go",

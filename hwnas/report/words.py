@@ -1,11 +1,10 @@
-"""Numbers and limits as people read them."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 
 def digits(value: float, count: int = 3) -> str:
@@ -32,11 +31,3 @@ def dates(times: Sequence[datetime]) -> str:
     """The days between the first and the last of some times."""
     first, last = f"{min(times):%Y-%m-%d}", f"{max(times):%Y-%m-%d}"
     return first if first == last else f"{first} to {last}"
-
-
-def limit(value: Mapping[str, Any]) -> str:
-    """A limit of a result: `12 ms on cpu`, `600 M MACs`."""
-    amount, unit = float(value["value"]), str(value["unit"])
-    number = scaled(amount) if amount >= 1e5 else f"{amount:g}"
-    text = size(amount) if unit == "bytes" else f"{number} {unit}"
-    return text + (f" on {value['device']}" if value["device"] else "")

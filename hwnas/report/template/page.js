@@ -369,6 +369,8 @@ function childFigures(child) {
     figures.push([device, `${digits(measured ? one.measured : one.predicted, 3)} ms`, measured ? "measured" : `predicted, ± ${digits(one.std, 2)}`]);
   }
   figures.push(["Multiply-adds", scaled(child.macs), ""], ["Parameters", scaled(child.params), ""]);
+  for (const [name, bytes] of [["File", child.file_bytes], ["Peak memory", child.peak_bytes]])
+    if (bytes !== null) figures.push([name, `${scaled(bytes)}B`, ""]);
   return figures;
 }
 
