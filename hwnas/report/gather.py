@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def gather(run: Run, command: str) -> Contents:
         summary=_summary(found),
         created=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         space=run.space.to_dict(),
-        children={id: _child(run.space, one) for id, one in children.items() if id in shown},
+        children=_children_to_open(run.space, {id: one for id, one in children.items() if id in shown}),
         overview=_overview(latest_first),
         answers=tuple(_answer(result) for result in latest_first),
         sections=tuple(sections),
@@ -79,13 +80,24 @@ def _summary(found: Findings) -> str:
     return " · ".join(parts)
 
 
-def _child(space: SearchSpace, candidate: Candidate) -> dict[str, Any]:
+def _children_to_open(space: SearchSpace, children: Mapping[str, Candidate]) -> dict[str, dict[str, Any]]:
+    one_each = {one.architecture.resolution: one.architecture for one in children.values()}
+    sizes = {resolution: _sizes(space, arch) for resolution, arch in one_each.items()}  # all that they depend on
+    return {id: _child(one, sizes[one.architecture.resolution]) for id, one in children.items()}
+
+
+def _sizes(space: SearchSpace, arch: Architecture) -> list[int]:
+    """Sides of the feature maps after the stem and each stage, pixels."""
+    last = {layer.name.partition(".")[0]: layer.out_size for layer in lower(space, arch)}
+    return [last["stem"], *(last[f"stage{number}"] for number in range(1, len(arch.stages) + 1))]
+
+
+def _child(candidate: Candidate, sizes: list[int]) -> dict[str, Any]:
     arch = candidate.architecture
-    sizes = {layer.name.partition(".")[0]: layer.out_size for layer in lower(space, arch)}
     return {
         "text": arch.describe(),
         "architecture": arch.to_dict(),
-        "sizes": [sizes["stem"], *(sizes[f"stage{number}"] for number in range(1, len(arch.stages) + 1))],
+        "sizes": sizes,
         "accuracy": candidate.accuracy if math.isfinite(candidate.accuracy) else None,
         "macs": candidate.macs,
         "params": candidate.params,
@@ -151,10 +163,10 @@ def _answer(result: Result) -> Answer:
             bought = f"{slope.points_per_ms * ms / 10:+.2f} points"
             remark = f"± {slope.std * ms / 10:.2f}, for {words.digits(ms / 10)} ms by the slope of the front"
             figures.append((f"10% more time on {device}", bought, remark))
-    known = f", {result.num_known} known before" if result.num_known else ""
+    known = f", {result.num_known:,} known before" if result.num_known else ""
     facts = [
         ("Strategy", f"{result.strategy}, seed {result.seed}"),
-        ("Evaluations", f"{result.num_evaluations}{known}"),
+        ("Evaluations", f"{result.num_evaluations:,}{known}"),
         ("Confidence", f"{result.confidence:.0%} that an unmeasured child keeps the limit"),
     ]
     for device, source in result.devices.items():
@@ -178,9 +190,7 @@ def _how_known(estimate: Estimate, result: Result, device: str) -> str:
 
 def _fronts(found: Findings) -> Section:
     results = found.results.values()
-    kinds = {
-        (str(one["kind"]), one["device"]): None for result in results for one in (*result.limits, result.axis) if one
-    }
+    kinds = dict.fromkeys(kind for result in results for kind in _asked(result))
     return Section(
         id="fronts",
         title="Accuracy against cost",
@@ -188,6 +198,11 @@ def _fronts(found: Findings) -> Section:
         "marks are measured or exact, open ones are predicted.",
         plots=tuple(_front(found, kind, device) for kind, device in kinds),
     )
+
+
+def _asked(result: Result) -> list[tuple[str, str | None]]:
+    """The costs that a search was about, each with its device."""
+    return [(str(one["kind"]), one["device"]) for one in (*result.limits, result.axis) if one]
 
 
 # What a front is drawn over: the axis, and the cost of a child on it (for `latency` and `energy` on the device).
@@ -211,7 +226,7 @@ def _front(found: Findings, kind: str, device: str | None) -> Chart:
         if not front or found.evaluated[id].accuracy > found.evaluated[front[-1]].accuracy:
             front.append(id)
     predicted = {id for id, cost in costs.items() if isinstance(cost, Estimate) and cost.measured is None}
-    about = [one for one in found.results.values() if cost_of(one.best, device) is not None]
+    about = [one for one in found.results.values() if (kind, device) in _asked(one)]
     drawn = [one.random.architecture.id for one in about if one.random is not None]
     best = [one.best.architecture.id for one in about]
     scale = 1e6 if axis.unit == "M" else 1.0
@@ -255,7 +270,7 @@ def _searches(found: Findings) -> Section:
     plots = []
     for name, result in found.results.items():
         y = Axis(label="best validation accuracy", unit="%")
-        best = {strategy: _running_best(values) for strategy, values in result.history.items()}
+        best = {strategy: list(accumulate(values, max)) for strategy, values in result.history.items()}
         plots.append(_history(file_name("history", name), _title(result), y, best, result.strategy))
         if _is_front(result):
             y = Axis(label="hypervolume of the front", unit="%")
@@ -283,10 +298,6 @@ def _history(name: str, title: str, y: Axis, values: Mapping[str, Sequence[float
     ]
     lines.sort(key=lambda line: line.strong)  # what the chart is about in front
     return Chart(name=name, title=title, x=Axis(label="children evaluated"), y=y, series=tuple(lines))
-
-
-def _running_best(values: Sequence[float]) -> list[float]:
-    return [max(values[: count + 1]) for count in range(len(values))]
 
 
 def _milliseconds(found: Findings) -> Section:
