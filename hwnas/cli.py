@@ -354,7 +354,10 @@ def _show_profiles(profiles: Sequence[Profile], run: str | None, as_json: bool, 
             table(f"latency predictor of {made.device} ({made.predictor.kind})", columns, rows),
             counts + (f"; {made.choice}" if made.choice else ""),
             f"a child: {made.write_s:.2g} s to write, {made.run_s:.2g} s to measure",
+            f"predicted against measured: {made.plots[0]}",
         ]
+        if made.energy is not None:
+            shown.append("it tells its energy: a predictor of that was fitted, too; see --energy-mj of `hwnas search`")
         if made.others_busy is not None and made.others_busy > BUSY:
             notice(
                 f"{made.device}: other programs kept {made.others_busy:.1f} processors busy meanwhile, which can shift "
@@ -666,6 +669,31 @@ def _show_share(share: dict[str, Any], why_none: str) -> tuple[str, str]:
     if not share["possible"]:
         return "none", why_none
     return f"{share['share']:.2%}", f"{share['low']:.3%} to {share['high']:.3%}"
+
+
+@command(
+    RUN,
+    click.option("--output", metavar="FILE", help="The page [default: report.html in the run folder]."),
+    JSON,
+)
+def report(run: str | None, output: str | None, as_json: bool) -> None:
+    """Write what a run found as one HTML page, and its plots as PNG and CSV."""
+    from hwnas import api
+
+    path, plots = api.report(run, output, notice=notice)
+    lines = [f"report: {path}"]
+    lines += [f"plots: {len(plots)} files in {plots[0].parent}"] if plots else []
+    finish(as_json, {"report": str(path), "plots": [str(plot) for plot in plots]}, *lines)
+
+
+@command(
+    RUN, click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535), help="To serve on.")
+)
+def dashboard(run: str | None, port: int) -> None:
+    """Watch a run's searches in optuna-dashboard, on this machine."""
+    from hwnas import api
+
+    api.dashboard(run, port=port, notice=notice)
 
 
 @cli.group(invoke_without_command=True)

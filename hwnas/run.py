@@ -83,8 +83,10 @@ class Run:
         hwnas.db               measurements, evaluations, Optuna's studies
         predictors/            one JSON file a device
         devices/               device files of this run only
+        plots/                 predicted against measured, by device
         results/               what searches found
         exports/               deployable files
+        report.html, report/   the report and its plots
         cache/                 downloaded data sets, prepared images
 
     Args:

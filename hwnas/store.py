@@ -341,8 +341,8 @@ class Store:
         found = self._select_evaluations(_evaluations.c.arch_id == arch.id, *self._which(weights, split, protocol))
         return found[0] if found else None
 
-    def evaluations(self, weights: str, split: str, protocol: str) -> list[Evaluation]:
-        """All children evaluated with these weights on this split in this way, in the order they were.
+    def evaluations(self, weights: str, split: str, protocol: str | None = None) -> list[Evaluation]:
+        """All children evaluated with these weights on this split, in this way unless None, in the order they were.
 
         Raises:
             InputError: the database cannot be read.
@@ -350,9 +350,10 @@ class Store:
         return self._select_evaluations(*self._which(weights, split, protocol))
 
     @staticmethod
-    def _which(weights: str, split: str, protocol: str) -> list[sa.ColumnElement[bool]]:
+    def _which(weights: str, split: str, protocol: str | None) -> list[sa.ColumnElement[bool]]:
         table = _evaluations.c
-        return [table.weights == weights, table.split == split, table.protocol == protocol]
+        which = [table.weights == weights, table.split == split]
+        return which if protocol is None else [*which, table.protocol == protocol]
 
     def _select_evaluations(self, *conditions: sa.ColumnElement[bool]) -> list[Evaluation]:
         query = sa.select(_evaluations).where(*conditions).order_by(_evaluations.c.id)

@@ -48,7 +48,8 @@ STANDS_ON = {
     "bundle": ["exporters", "network"],
     "run": ["predictors", "store", "training"],
     "testing": ["measuring", "network"],
-    "api": ["run", "searching", "measuring", "bundle"],
+    "report": ["run", "searching"],
+    "api": ["run", "searching", "measuring", "bundle", "report"],
     "cli": ["api"],
     "__main__": ["cli"],
 }
@@ -66,6 +67,7 @@ WITHOUT_TORCH = (
     "measuring",
     "run",
     "searching",
+    "report",
     "api",
 )
 

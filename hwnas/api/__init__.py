@@ -20,6 +20,8 @@ from hwnas.api.profiling import fit as fit
 from hwnas.api.profiling import predict as predict
 from hwnas.api.profiling import profile as profile
 from hwnas.api.profiling import profile_all as profile_all
+from hwnas.api.reporting import dashboard as dashboard
+from hwnas.api.reporting import report as report
 from hwnas.api.searching import result_name as result_name
 from hwnas.api.searching import search as search
 from hwnas.api.searching import search_all as search_all

@@ -14,16 +14,23 @@ import numpy as np
 
 from hwnas import __version__
 from hwnas.api.catalogue import open_device
-from hwnas.api.costs import layer_values, read_architecture
+from hwnas.api.costs import fit_energy, layer_values, read_architecture
 from hwnas.devices import Device
 from hwnas.devices.base import Timing
 from hwnas.errors import DeviceError, InputError
 from hwnas.measurement import Measurement, Role
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
-from hwnas.predictors import LatencyPredictor, PredictionReport, cross_validate, load_predictor, make_predictor
+from hwnas.predictors import (
+    LatencyPredictor,
+    PredictionReport,
+    left_out_predictions,
+    load_predictor,
+    make_predictor,
+)
 from hwnas.predictors import report as prediction_report
 from hwnas.progress import Report, silent
+from hwnas.report.fit import FitPoint, fit_points, save_fit
 from hwnas.run import Run, RunConfig, published_model
 from hwnas.space import Architecture, SearchSpace
 from hwnas.store import Store
@@ -47,6 +54,8 @@ class Profile:
         write_s, run_s: seconds that a child took to write and to measure, median.
         cross_validation: errors on children left out of the fit in turn.
         holdout: errors on fresh random children measured for this only; None if there are none.
+        points: predicted against measured, of the children of both.
+        plots: the files that show them, the one to look at first.
     """
 
     device: str
@@ -61,6 +70,9 @@ class Profile:
     run_s: float
     cross_validation: PredictionReport
     holdout: PredictionReport | None
+    points: tuple[FitPoint, ...] = ()
+    plots: tuple[Path, ...] = ()
+    energy: LatencyPredictor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -77,6 +89,8 @@ class Profile:
             "run_s": self.run_s,
             "cross_validation": asdict(self.cross_validation),
             "holdout": self.holdout and asdict(self.holdout),
+            "points": [point.to_dict() for point in self.points],
+            "plots": [str(path) for path in self.plots],
         }
 
 
@@ -269,17 +283,22 @@ def _fit(run: Run, target: Device, store: Store, kind: str) -> Profile:
     makes = {kind: partial(make_predictor, kind, run.space, list(sources.values()))}
     if kind == "auto" and len(archs) <= _FEW and (sources := known_machines(run, target)):
         makes["transfer"] = partial(make_predictor, "transfer", run.space, list(sources.values()))
-    validated = {
-        name: cross_validate(make, archs, latency_ms, folds=5, rng=np.random.default_rng(0))
+    left_out = {
+        name: left_out_predictions(make, archs, latency_ms, folds=5, rng=np.random.default_rng(0))
         for name, make in makes.items()
     }
+    validated = {name: prediction_report(latency_ms, *predicted) for name, predicted in left_out.items()}
     chosen = min(validated, key=lambda name: validated[name].mape_pct)
     predictor = makes[chosen]().fit(archs, latency_ms)
+    points = fit_points("cross-validation", archs, latency_ms, *left_out[chosen])
     tested = None
     if test:
         mean, std = predictor.predict([m.arch for m in test])
         tested = prediction_report([m.latency_ms for m in test], mean, std)
+        points += fit_points("held out", [m.arch for m in test], [m.latency_ms for m in test], mean, std)
     predictor.save(run.predictor_path(device))
+    energy = fit_energy(run, device, train)
+    plots = save_fit(device, points, run.path / "plots")
     others = [busy for m in used if (busy := m.others_busy) is not None]
     return Profile(
         device=device,
@@ -294,6 +313,9 @@ def _fit(run: Run, target: Device, store: Store, kind: str) -> Profile:
         run_s=float(np.median([m.run_s for m in used])),
         cross_validation=validated[chosen],
         holdout=tested,
+        points=tuple(points),
+        plots=tuple(plots),
+        energy=energy,
     )
 
 

@@ -75,7 +75,7 @@ class _Bytes:
     zero_bias: bool = False
 
 
-# The last two are fitted to files of 22 children of bignas, ofa-mbv3, attentivenas and tiny, which the sums meet within
+# The last two are fitted to files of 20 children of bignas, ofa-mbv3, attentivenas and tiny, which the sums meet within
 # 0.5% (2% where the file is smaller than 1 MB).
 _BYTES = {
     ("executorch", "fp32"): _Bytes(4, 0, 0, 224, 117),

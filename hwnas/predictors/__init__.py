@@ -12,6 +12,7 @@ from hwnas.predictors.base import NotFittedError as NotFittedError
 from hwnas.predictors.base import PredictorFile
 from hwnas.predictors.metrics import PredictionReport as PredictionReport
 from hwnas.predictors.metrics import cross_validate as cross_validate
+from hwnas.predictors.metrics import left_out_predictions as left_out_predictions
 from hwnas.predictors.metrics import report as report
 from hwnas.space import SearchSpace
 

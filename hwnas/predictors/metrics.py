@@ -67,7 +67,18 @@ def cross_validate(
     folds: int,
     rng: np.random.Generator,
 ) -> PredictionReport:
-    """The report on predictions for measurements that were left out of the fit, each once.
+    """The report on `left_out_predictions`, whose arguments these are."""
+    return report(latency_ms, *left_out_predictions(make, archs, latency_ms, folds, rng))
+
+
+def left_out_predictions(
+    make: Callable[[], LatencyPredictor],
+    archs: Sequence[Architecture],
+    latency_ms: Sequence[float],
+    folds: int,
+    rng: np.random.Generator,
+) -> tuple[FloatArray, FloatArray]:
+    """Predictions for measurements that were left out of the fit, each once.
 
     Args:
         make: makes an unfitted predictor, such as `lambda: make_predictor("gp", space)`.
@@ -75,6 +86,9 @@ def cross_validate(
         latency_ms: their latencies, (num_archs,).
         folds: in how many parts the measurements are split.
         rng: splits them.
+
+    Returns:
+        Mean and standard deviation, ms, (num_archs,) each.
 
     Raises:
         InputError: fewer measurements than folds, or too few for the predictor once a fold is left out.
@@ -87,7 +101,7 @@ def cross_validate(
     for test in fold_masks(len(latency), folds, rng):
         predictor = make().fit_genes(genes[~test], latency[~test])
         mean_ms[test], std_ms[test] = predictor.predict_genes(genes[test])
-    return report(latency, mean_ms, std_ms)
+    return mean_ms, std_ms
 
 
 def fold_masks(num: int, folds: int, rng: np.random.Generator) -> list[NDArray[np.bool_]]:
