@@ -34,7 +34,9 @@ _MODULES = {
     "check_device": "hwnas.api",
     "cost": "hwnas.api",
     "export": "hwnas.api",
+    "export_all": "hwnas.api",
     "fit": "hwnas.api",
+    "load_bundle": "hwnas.bundles.load",
     "lower": "hwnas.layers",
     "make_predictor": "hwnas.predictors",
     "plan": "hwnas.api",
@@ -44,6 +46,7 @@ _MODULES = {
     "remove_device": "hwnas.api",
     "search": "hwnas.api",
     "train": "hwnas.api",
+    "verify": "hwnas.api",
 }
 
 __all__ = ["__version__", *_MODULES]
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from hwnas.api import check_device as check_device
     from hwnas.api import cost as cost
     from hwnas.api import export as export
+    from hwnas.api import export_all as export_all
     from hwnas.api import fit as fit
     from hwnas.api import plan as plan
     from hwnas.api import predict as predict
@@ -62,6 +66,8 @@ if TYPE_CHECKING:
     from hwnas.api import remove_device as remove_device
     from hwnas.api import search as search
     from hwnas.api import train as train
+    from hwnas.api import verify as verify
+    from hwnas.bundles.load import load_bundle as load_bundle
     from hwnas.devices.base import Timing as Timing
     from hwnas.errors import DeviceError as DeviceError
     from hwnas.errors import ExportError as ExportError

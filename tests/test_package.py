@@ -45,15 +45,15 @@ STANDS_ON = {
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
     "searching": ["predictors", "measurement", "progress"],
     # what users call
-    "bundle": ["exporters", "network"],
+    "bundles": ["exporters", "network"],
     "run": ["predictors", "store", "training"],
     "testing": ["measuring", "network"],
-    "api": ["run", "searching", "measuring", "bundle"],
+    "api": ["run", "searching", "measuring", "bundles"],
     "cli": ["api"],
     "__main__": ["cli"],
 }
 
-# A lab machine can fit, search and write ONNX files without torch.
+# A lab machine can fit, search, write ONNX files and run bundles without torch.
 WITHOUT_TORCH = (
     "errors",
     "config",
@@ -66,6 +66,7 @@ WITHOUT_TORCH = (
     "measuring",
     "run",
     "searching",
+    "bundles.load",
     "api",
 )
 
