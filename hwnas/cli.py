@@ -407,8 +407,8 @@ def _show_bundle(path: object, manifest: dict[str, Any]) -> Table:
         ["architecture", manifest["architecture_text"]],
         ["accuracy", f"{accuracy['value']:.2%} of {accuracy['num_images']:,} {accuracy['split']} images"
                      f" (in {accuracy['computed_by']})"],
-        ["parity", f"logits within {parity['max_abs_diff']:.1e}, top class agrees on "
-                   f"{parity['top1_agreement']:.0%} of {parity['num_images']} images"],
+        ["parity", f"logits within {parity['max_abs_diff']:.1e} (correlation {parity['correlation']:.5f}), top class "
+                   f"agrees on {parity['top1_agreement']:.0%} of {parity['num_images']} images"],
         ["latency", "not measured" if latency is None else f"{latency['measured_ms']:.3f} ms on {latency['device']}"],
     ]  # fmt: skip
     return table(f"exported: {file['format']}", ["", ""], rows)

@@ -35,7 +35,7 @@ STANDS_ON = {
     "calibrate": ["network"],
     "training": ["supernet", "evaluator", "progress"],
     # measuring and predicting
-    "exporters": ["layers", "files"],
+    "exporters": ["network", "files"],
     "devices": ["layers", "files"],
     "measurement": ["devices"],
     "store": ["measurement"],

@@ -89,7 +89,6 @@ def plot(front: Front) -> str:
         f'<circle cx="{xs(cost):.1f}" cy="{ys(accuracy):.1f}" r="4" fill="#7a8ca3"/>' for cost, accuracy in points
     )
     x, y = xs(front.costs[front.this]), ys(front.accuracies[front.this])
-    low = x > WIDTH / 2
     label = f"this child: {front.accuracies[front.this]:.1%} at {front.costs[front.this]:.3g}"
     axes = [_text(xs(cost), HEIGHT - BOTTOM + 18, f"{cost:.3g}", "middle") for cost in _ends(front.costs)]
     axes += [_text(LEFT - 8, ys(value) + 4, f"{value:.1%}", "end") for value in _ends(front.accuracies)]
@@ -100,7 +99,9 @@ def plot(front: Front) -> str:
         f'<path d="M{LEFT - 4} {TOP - 6}V{HEIGHT - BOTTOM + 4}H{WIDTH - RIGHT + 6}" fill="none" stroke="#999"/>\n'
         f'<polyline points="{steps}" fill="none" stroke="#b8c4d4" stroke-width="1.5"/>\n{dots}\n'
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="#d1495b"/>\n'
-        f"{_text(x + (-12 if low else 12), y + (22 if y < HEIGHT / 2 else -12), label, 'end' if low else 'start')}\n"
+        # Fronts rise to the right: here is room.
+        f'<circle cx="{LEFT + 14}" cy="{TOP + 4}" r="5" fill="#d1495b"/>\n'
+        f"{_text(LEFT + 26, TOP + 8, label, 'start')}\n"
         f"{''.join(axes)}\n"
         f"{_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, front.cost_name, 'middle')}\n"
         f'<g transform="translate(14 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)">'

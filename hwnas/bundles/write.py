@@ -98,7 +98,7 @@ def write_bundle(
         found = exporter.infer(artifact.path, images)
         parity = Parity.of(expected, found, exporter.precision, exporter.runtime)
         if not parity.passed:
-            name = culprit(child.layers, tensors, child, exporter, images[:NUM_CHECKED])
+            name = culprit(child.layers, tensors, child, exporter, images)
             where = "no single layer is wrong" if name is None else f"the first layer that is wrong is {name}"
             raise ExportError(
                 f"the {exporter.format} file does not compute what its network computes: {parity}; {where}; nothing "

@@ -24,7 +24,9 @@ _EXPORTERS = {
     "executorch": "hwnas.exporters.executorch:ExecutorchExporter",
     "ncnn": "hwnas.exporters.ncnn:NcnnExporter",
     "onnx": "hwnas.exporters.onnx:OnnxExporter",
+    "openvino": "hwnas.exporters.openvino:OpenvinoExporter",
     "tflite": "hwnas.exporters.tflite:TfliteExporter",
+    "torch": "hwnas.exporters.torch:TorchExporter",
 }
 T = TypeVar("T")
 Run: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]

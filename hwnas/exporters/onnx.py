@@ -69,6 +69,17 @@ def onnx_model(
     return model
 
 
+def onnx_bytes(
+    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], precision: str, keep: frozenset[str] = frozenset()
+) -> bytes:
+    """The bytes of the file that `OnnxExporter` writes.
+
+    Raises:
+        ExportError: a tensor is missing or has the wrong shape.
+    """
+    return b"".join(_encode(*_graph(layers, tensors, _quantisation(precision, keep))))
+
+
 def _graph(
     layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None
 ) -> tuple[onnx.GraphProto, _Weights]:
@@ -252,6 +263,10 @@ _QUANTISATIONS = {
 }
 
 
+def _quantisation(precision: str, keep: frozenset[str]) -> _Quantisation | None:
+    return replace(_QUANTISATIONS[precision], keep=keep) if precision in _QUANTISATIONS else None
+
+
 class OnnxExporter(Exporter):
     """Writes ONNX files of opset 17.
 
@@ -274,8 +289,7 @@ class OnnxExporter(Exporter):
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        quantisation = _QUANTISATIONS.get(self.precision)
-        graph = _graph(layers, tensors, quantisation and replace(quantisation, keep=self.keep))
+        graph = _graph(layers, tensors, _quantisation(self.precision, self.keep))
         return Artifact(path, self.format, self.precision, write_pieces(path, _encode(*graph)))
 
     @staticmethod
