@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +17,13 @@ from numpy.typing import NDArray
 
 from hwnas.exporters.base import Artifact, Exporter, Run, folded, tensor, write_pieces
 from hwnas.layers import Layer
+
+# What torch.export.save writes for our networks. Whatever else torch.export.load finds in a file, it may unpickle.
+_MEMBERS = re.compile(
+    r"[^/]+/(data/weights/weight_\d+|data/(weights|constants)/model_\w+_config\.json|data/sample_inputs/model\.pt|"
+    r"models/model\.json|archive_format|archive_version|byteorder|\.data/(version|serialization_id)|\.format_version|"
+    r"\.storage_alignment|version)"
+)
 
 
 class TorchExporter(Exporter):
@@ -28,8 +39,6 @@ class TorchExporter(Exporter):
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        import io
-
         import torch
 
         from hwnas.network import Network
@@ -60,3 +69,31 @@ class TorchExporter(Exporter):
 
         network = torch.export.load(path).module()
         return lambda image: network(torch.from_numpy(image)).numpy()
+
+    def runner(self, path: Path) -> Run:
+        """See `Exporter`; refuses files that `torch.export.load` would unpickle, which could run any program."""
+        self._explained(path, lambda: _check(path))
+        return super().runner(path)
+
+
+def _check(path: Path) -> None:
+    """Look through a file without executing anything of it.
+
+    Raises:
+        ValueError: it holds something that we do not write.
+        Exception: it is damaged, or has a pickle of more than tensors.
+    """
+    import torch
+
+    with zipfile.ZipFile(path) as packed:
+        names = packed.namelist()
+        strange = [name for name in names if not _MEMBERS.fullmatch(name)]
+        if strange or len({*names}) != len(names) or not any(name.endswith("/archive_format") for name in names):
+            raise ValueError(f"it was not written by hwnas: {', '.join(strange[:3]) or 'its parts are not those'}")
+        for name in names:
+            if name.endswith(".pt"):
+                torch.load(io.BytesIO(packed.read(name)), weights_only=True)
+            if name.endswith("_config.json"):
+                entries = json.loads(packed.read(name))["config"]
+                if any(entry["use_pickle"] for entry in entries.values()):
+                    raise ValueError(f"{name} asks for unpickling")
