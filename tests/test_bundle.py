@@ -663,3 +663,29 @@ def test_int8_bundle(quantised, tmp_path):
     assert manifest.parity.max_allowed is None
     assert hwnas.verify(tmp_path / "b")["parity"]["max_abs_diff"] == 0
     assert io.BytesIO((tmp_path / "b" / "check.npz").read_bytes()).getbuffer().nbytes > 0
+
+
+# ---------------------------------------------------------------- TensorRT
+
+
+def test_tensorrt_bundle_builds_with_the_flags_of_each_version(colours, tmp_path):
+    target = tmp_path / "a bundle"
+    write(colours, target, "tensorrt")
+    assert hwnas.verify(target)["parity"]["runtime"] == "onnxruntime"
+    fake = tmp_path / "trtexec"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+
+    def build(*words):
+        command = ["sh", target / "build.sh", *words]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRTEXEC": str(fake)})
+
+    flags = build("10", "fp16").stdout.split()
+    assert {"--onnx=model.onnx", "--fp16", "--noTF32", "--saveEngine=model-fp16.engine"} <= set(flags)
+    assert "--timingCacheFile=./timing.cache" in flags
+    assert "--fp16" not in build("8", "fp32").stdout.split()
+    assert "--fp16" not in build("11", "fp32").stdout.split()
+    for words in (("11", "fp16"), ("7", "fp32"), ("10", "int8"), ()):
+        done = build(*words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "usage: sh build.sh 8|9|10|11 fp32|fp16" in done.stderr

@@ -45,7 +45,7 @@ STANDS_ON = {
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
     "searching": ["predictors", "measurement", "progress"],
     # what users call
-    "bundles": ["exporters", "network"],
+    "bundles": ["exporters", "devices"],
     "run": ["predictors", "store", "training"],
     "testing": ["measuring", "network"],
     "api": ["run", "searching", "measuring", "bundles"],

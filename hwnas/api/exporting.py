@@ -157,10 +157,9 @@ def export_all(
         if precision is None:
             taken = target_device is not None and target_device.accepts in formats
             precision = target_device.file_precision if taken and target_device is not None else "fp32"
-        for format in formats:
-            exporter(format, precision)
+        exporters = [exporter(format, precision) for format in formats]
         if asked and target_device is not None:
-            _check_taken(target_device, formats, precision)
+            _check_taken(target_device, exporters)
         suffix = "" if precision == "fp32" else f"-{precision}"
         targets = [opened.path / "exports" / f"{name}-{format}{suffix}" for format in formats]
         if output is not None:
@@ -173,7 +172,7 @@ def export_all(
         made = []
         for format, target in zip(formats, targets, strict=True):
             writer, accuracy = job.exporter(format)
-            fits = target_device is not None and _takes(target_device, format, precision)
+            fits = target_device is not None and writer.suits(target_device.accepts, target_device.file_precision)
             if target_device is not None and not fits:
                 notice(
                     f"the {precision} {format} file is not measured: device {target_device.name!r} takes "
@@ -351,22 +350,20 @@ class _Job:
                 self._notice(f"the file takes {latency.measured_ms:.4g} ms, over the search's limit of {ms:g} ms")
 
 
-def _takes(device: Device, format: str, precision: str) -> bool:
-    return (device.accepts, device.file_precision) == (format, precision)
-
-
-def _check_taken(device: Device, formats: Sequence[str], precision: str) -> None:
+def _check_taken(device: Device, exporters: Sequence[Exporter]) -> None:
     """A device that was asked for has to take one of the files."""
-    if device.accepts not in formats:
+    if any(writer.suits(device.accepts, device.file_precision) for writer in exporters):
+        return
+    if not any(writer.suits(device.accepts, writer.precision) for writer in exporters):
+        written = ", ".join(writer.format for writer in exporters)
         raise InputError(
-            f"device {device.name!r} runs {device.accepts} files, but the exporter writes {', '.join(formats)}: "
+            f"device {device.name!r} runs {device.accepts} files, but the exporter writes {written}: "
             f"use --format {device.accepts}"
         )
-    if device.file_precision != precision:
-        raise InputError(
-            f"device {device.name!r} takes {device.file_precision} files, but the exporter writes {precision}: use "
-            f"--precision {device.file_precision}, or a device of that precision"
-        )
+    raise InputError(
+        f"device {device.name!r} takes {device.file_precision} files, but the exporter writes "
+        f"{exporters[0].precision}: use --precision {device.file_precision}, or a device of that precision"
+    )
 
 
 def _measure_file(run: Run, arch: Architecture, device: Device, file: Path) -> Latency:

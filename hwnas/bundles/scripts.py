@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 from importlib.resources import files
 from textwrap import dedent
 
 from hwnas import __version__
 from hwnas.bundles.manifest import Manifest
+from hwnas.devices.tools import trtexec
 from hwnas.exporters.base import Exporter
 
 RUN_PY = '''"""Classify images with {name} ({format}, {precision}), and nothing but its runtime, numpy and Pillow.
@@ -92,6 +94,21 @@ class Classifier(model: File, private val classes: List<String>) : AutoCloseable
 }}
 """
 
+BUILD_SH = """\
+#!/bin/sh
+# Builds a TensorRT engine from {name}, for the GPU of this machine: an engine runs on no other kind, and in no other
+# version of TensorRT. Kernels' times are kept in timing.cache, which makes the next engine quick to build.
+# Written by hwnas {version}, Apache-2.0. The input is the float32 image after run.py's `preprocess`.
+#   sh build.sh TENSORRT_VERSION {precisions}     for example: sh build.sh 10 {last}
+set -eu
+cd "$(dirname "$0")"
+trtexec=${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}
+case "${{1:-}} ${{2:-}}" in
+{cases}
+  *) echo "usage: sh build.sh {versions} {precisions}" >&2; exit 2 ;;
+esac
+"""
+
 SNIPPETS = {"ncnn": ("run.cc", RUN_CC), "tflite": ("run.kt", RUN_KT)}
 
 
@@ -101,7 +118,7 @@ def scripts(manifest: Manifest, exporter: Exporter) -> dict[str, str]:
     `run.py` is the source of `hwnas.bundles.classify` and of the format's `Exporter.load`: what is tested is what is
     shipped.
     """
-    what = {
+    what: dict[str, str] = {
         "name": manifest.file.name,
         "format": manifest.file.format,
         "precision": manifest.file.precision,
@@ -117,7 +134,29 @@ def scripts(manifest: Manifest, exporter: Exporter) -> dict[str, str]:
     if manifest.file.format in SNIPPETS:
         name, template = SNIPPETS[manifest.file.format]
         made[name] = template.format(**what, **_constants(manifest))
+    if manifest.file.format == "tensorrt":
+        made["build.sh"] = BUILD_SH.format(**{**what, **_builds(manifest)})
     return made
+
+
+def _builds(manifest: Manifest) -> dict[str, str]:
+    """What devices that run trtexec are given, for each version and precision."""
+    precisions = ("fp32", "fp16") if manifest.file.precision == "fp32" else ("int8",)
+    cases = []
+    for number in trtexec.VERSIONS:
+        for precision in precisions:
+            if number >= 11 and precision == "fp16":
+                continue  # it runs networks in the types of the file
+            program = trtexec.Program(precision, version=number)
+            command = program.build_command("trtexec", manifest.file.name, f"model-{precision}.engine", ".")
+            flags = " ".join(shlex.quote(word) for word in command[1:])
+            cases.append(f'  "{number} {precision}") exec "$trtexec" {flags} ;;')
+    return {
+        "cases": "\n".join(cases),
+        "precisions": "|".join(precisions),
+        "last": precisions[-1],
+        "versions": "|".join(map(str, trtexec.VERSIONS)),
+    }
 
 
 def _constants(manifest: Manifest) -> dict[str, object]:

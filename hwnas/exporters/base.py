@@ -25,6 +25,7 @@ _EXPORTERS = {
     "ncnn": "hwnas.exporters.ncnn:NcnnExporter",
     "onnx": "hwnas.exporters.onnx:OnnxExporter",
     "openvino": "hwnas.exporters.openvino:OpenvinoExporter",
+    "tensorrt": "hwnas.exporters.tensorrt:TensorrtExporter",
     "tflite": "hwnas.exporters.tflite:TfliteExporter",
     "torch": "hwnas.exporters.torch:TorchExporter",
 }
@@ -71,7 +72,8 @@ class Exporter(ABC):
         keep: names of layers that stay in float32 in an int8 file, where `mixes` is true.
 
     Attributes:
-        format: the format's name, as the user and `Device.accepts` write it.
+        format: the format's name, as the user writes it.
+        file_format: as `Device.accepts` writes it; another one where a bundle of the format holds files of that.
         suffix: of its files, `.onnx`.
         layout: of the files' input: NCHW, (1, in_channels, resolution, resolution), or NHWC.
         precisions: that it can write: `fp32`, `int8` (weights per output channel, activations per tensor).
@@ -86,6 +88,7 @@ class Exporter(ABC):
     """
 
     format: ClassVar[str]
+    file_format: ClassVar[str] = ""
     suffix: ClassVar[str]
     layout: ClassVar[Literal["NCHW", "NHWC"]] = "NCHW"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
@@ -100,6 +103,10 @@ class Exporter(ABC):
         if keep and not self.mixes:
             raise InputError(f"format {self.format} cannot keep some layers in float32")
         self.precision, self.keep = precision, frozenset(keep)
+
+    def suits(self, accepts: str, precision: str) -> bool:
+        """Whether a device that takes files of a format and a precision takes those of this exporter."""
+        return (self.file_format or self.format, self.precision) == (accepts, precision)
 
     @abstractmethod
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
