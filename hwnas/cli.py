@@ -401,6 +401,13 @@ def export(
 def _show_bundle(path: object, manifest: dict[str, Any]) -> Table:
     file, accuracy, parity, latency = (manifest[key] for key in ("file", "accuracy", "parity", "latency"))
     kept = f", {len(file['float32_layers'])} layers in float32" if file["float32_layers"] else ""
+    ms = "not measured"
+    if latency is not None and latency["measured_ms"] is None:
+        ms = (
+            f"{latency['predicted_ms']:.3f} ± {latency['std_ms']:.3f} ms predicted on {latency['device']}, not measured"
+        )
+    elif latency is not None:
+        ms = f"{latency['measured_ms']:.3f} ms on {latency['device']}"
     rows = [
         ["bundle", str(path)],
         ["file", f"{file['name']}, {file['precision']}{kept} ({file['size_bytes']:,} bytes)"],
@@ -409,7 +416,7 @@ def _show_bundle(path: object, manifest: dict[str, Any]) -> Table:
                      f" (in {accuracy['computed_by']})"],
         ["parity", f"logits within {parity['max_abs_diff']:.1e} (correlation {parity['correlation']:.5f}), top class "
                    f"agrees on {parity['top1_agreement']:.0%} of {parity['num_images']} images"],
-        ["latency", "not measured" if latency is None else f"{latency['measured_ms']:.3f} ms on {latency['device']}"],
+        ["latency", ms],
     ]  # fmt: skip
     return table(f"exported: {file['format']}", ["", ""], rows)
 

@@ -259,6 +259,33 @@ def test_export_in_int8_to_a_zip(capsys, run, tmp_path):
     assert manifest["accuracy"]["computed_by"] == "onnxruntime"
 
 
+def test_a_device_that_cannot_be_reached(capsys, run, tmp_path):
+    """Where it was only the search's, the bundle says what is predicted; where it was asked for, that is an error."""
+    broken = DEVICE | {"python": "/nowhere/python"}
+    (run / "devices" / "quick.yaml").write_text(yaml.safe_dump(broken))
+    words = ["export", "--run", run, "--output", tmp_path / "bundle"]
+    code, out, err = hwnas(capsys, *words)
+    assert code == 0, err
+    assert "the file is not measured: " in err
+    assert "ms predicted on quick, not measured" in out
+    manifest = document(capsys, "verify", tmp_path / "bundle")["manifest"]
+    assert manifest["latency"]["measured_ms"] is None
+    assert manifest["latency"]["predicted_ms"] > 0
+    assert hwnas(capsys, *words, "--device", "quick")[0] == 4
+
+
+def test_a_runtime_that_is_missing(capsys, run, tmp_path, monkeypatch):
+    from hwnas.api import exporting
+
+    def missing(package):
+        raise exporting.PackageNotFoundError
+
+    monkeypatch.setattr(exporting, "version", missing)
+    code, _, err = hwnas(capsys, "export", "--run", run, "--format", "ncnn", "--output", tmp_path / "bundle")
+    assert code == 2
+    assert err.splitlines()[-1] == "hwnas: format ncnn needs ncnn: pip install 'hwnas[ncnn]'"
+
+
 def test_data_of_other_classes_is_refused(capsys, run, tmp_path, monkeypatch):
     from hwnas.api import exporting
 

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def export(
             until it is kept, where the format can mix. None to take what comes.
         result: name of a search result (`cpu-0.2ms`), whose best child is exported; by default the last search's.
         arch: a child of your own in its place: an architecture, `smallest`, `biggest`, or a file.
-        device: where to measure the file; by default the search's device, if it takes such files.
+        device: where to measure the file; by default the search's device, if it takes such files and can be reached.
         output: the bundle: a folder, or a zip file if it ends in `.zip`; by default `exports/<name>` in the run.
         num_parity_images: test images to compare logits on.
         data: what the run was trained on, if that was a dataset of PyTorch.
@@ -158,6 +159,8 @@ def export_all(
             taken = target_device is not None and target_device.accepts in formats
             precision = target_device.file_precision if taken and target_device is not None else "fp32"
         exporters = [exporter(format, precision) for format in formats]
+        for writer in exporters:
+            _check_installed(writer)
         if asked and target_device is not None:
             _check_taken(target_device, exporters)
         suffix = "" if precision == "fp32" else f"-{precision}"
@@ -179,7 +182,7 @@ def export_all(
                     f"{target_device.file_precision} {target_device.accepts} files"
                 )
             bench = target_device if fits else None
-            about = job.about(writer, accuracy, bench)
+            about = job.about(writer, accuracy, bench, must=asked)
             manifest = write_bundle(job.child, job.tensors, writer, images, target, about)
             made.append((target, manifest.to_dict()))
         return made
@@ -309,16 +312,16 @@ class _Job:
         return Accuracy(split=name, value=correct / len(split), num_images=len(split), computed_by=writer.runtime)
 
     def about(
-        self, writer: Exporter, accuracy: Callable[[Path], Accuracy], device: Device | None
+        self, writer: Exporter, accuracy: Callable[[Path], Accuracy], device: Device | None, *, must: bool
     ) -> Callable[[Artifact], About]:
-        """What the manifest says of the child and of its file."""
+        """What the manifest says of the child and of its file, which is measured on the device: it must, or it may."""
         from hwnas.bundles.manifest import ImagePreprocessing
         from hwnas.bundles.write import About
 
         data, result = self.evaluator.data, self._result
 
         def told(artifact: Artifact) -> About:
-            latency = None if device is None else _measure_file(self._run, self._arch, device, artifact.path)
+            latency = None if device is None else self._latency(device, artifact.path, must=must)
             limits = () if result is None else tuple(dict(limit) for limit in result.limits)
             if latency is not None:
                 self._compare(latency, limits)
@@ -342,12 +345,31 @@ class _Job:
 
         return told
 
+    def _latency(self, device: Device, file: Path, *, must: bool) -> Latency | None:
+        try:
+            return _measure_file(self._run, self._arch, device, file)
+        except DeviceError as error:
+            if must:
+                raise
+            self._notice(f"the file is not measured: {error}")
+            known = _predict(self._run, self._arch, device)
+            return None if known.predicted_ms is None else known
+
     def _compare(self, latency: Latency, limits: Sequence[dict[str, Any]]) -> None:
         """Say where the file itself is over a limit of the search."""
         same = {"kind": "latency", "device": latency.device}
         for ms in [limit["value"] for limit in limits if same.items() <= limit.items()]:
-            if latency.measured_ms > ms:
+            if latency.measured_ms is not None and latency.measured_ms > ms:
                 self._notice(f"the file takes {latency.measured_ms:.4g} ms, over the search's limit of {ms:g} ms")
+
+
+def _check_installed(writer: Exporter) -> None:
+    """Say so before the work is done, not after."""
+    for package in writer.packages if writer.extra else ():
+        try:
+            version(package)
+        except PackageNotFoundError:
+            raise InputError(f"format {writer.format} needs {package}: {writer.install}") from None
 
 
 def _check_taken(device: Device, exporters: Sequence[Exporter]) -> None:
@@ -367,29 +389,44 @@ def _check_taken(device: Device, exporters: Sequence[Exporter]) -> None:
 
 
 def _measure_file(run: Run, arch: Architecture, device: Device, file: Path) -> Latency:
-    """A child's own file measured on a device, for its manifest."""
-    from hwnas.bundles.manifest import Latency
+    """A child's own file measured on a device, for its manifest.
 
+    Raises:
+        DeviceError: it cannot be.
+    """
     with run.store() as store:
         (measured,) = measure([arch], run.space, device, device.timing, store, role="export", files={arch: file})
     if measured.error is not None:
         raise DeviceError(f"the file could not be measured on {measured.device}: {measured.error}")
-    latency = Latency(
-        device=measured.device,
-        runtime=measured.runtime,
+    return replace(
+        _predict(run, arch, device),
         versions=dict(measured.versions),
-        precision=measured.precision,
-        timing=asdict(measured.timing),
         measured_ms=measured.latency_ms,
         relative_iqr=measured.relative_iqr,
         rejection=measured.rejection,
-        predicted_ms=None,
-        std_ms=None,
     )
+
+
+def _predict(run: Run, arch: Architecture, device: Device) -> Latency:
+    """What is known of a child's latency without reaching the device."""
+    from hwnas.bundles.manifest import Latency
+
+    predicted: tuple[float, float] | None = None
     if arch.resolution in run.space.resolution and run.predictor_path(device.name).is_file():
         mean, std = run.predictor(device.name).predict([arch])
-        latency = replace(latency, predicted_ms=float(mean[0]), std_ms=float(std[0]))
-    return latency
+        predicted = float(mean[0]), float(std[0])
+    return Latency(
+        device=device.name,
+        runtime=device.runtime,
+        versions={},
+        precision=device.precision,
+        timing=asdict(device.timing),
+        measured_ms=None,
+        relative_iqr=None,
+        rejection=None,
+        predicted_ms=predicted and predicted[0],
+        std_ms=predicted and predicted[1],
+    )
 
 
 def _front(result: Result) -> Front | None:

@@ -126,6 +126,8 @@ def _latency(m: Manifest) -> str:
     if m.latency is None:
         return "not measured"
     found = m.latency
+    if found.measured_ms is None:
+        return f"{found.predicted_ms or 0:.3f} ± {found.std_ms or 0:.3f} ms predicted on {found.device}; not measured"
     where = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     predicted = "" if found.predicted_ms is None else f" (predicted {found.predicted_ms:.3f} ms)"
     doubt = "" if found.rejection is None else f"; not to be trusted: {found.rejection}"

@@ -129,9 +129,9 @@ class Latency:
     """Of the file on a device, milliseconds.
 
     Attributes:
-        device, runtime, versions, precision: where and how it ran.
+        device, runtime, versions, precision: where and how it ran, or would; versions are known of what was reached.
         timing: the protocol, see `hwnas.Timing`.
-        measured_ms: the median.
+        measured_ms: the median; None where the device could not be reached.
         relative_iqr: inter-quartile range over median.
         rejection: why the measurement should not be trusted; None where nothing speaks against it.
         predicted_ms, std_ms: by the device's predictor; None without one.
@@ -142,8 +142,8 @@ class Latency:
     versions: dict[str, str]
     precision: str
     timing: dict[str, Any]
-    measured_ms: float
-    relative_iqr: float
+    measured_ms: float | None
+    relative_iqr: float | None
     rejection: str | None
     predicted_ms: float | None
     std_ms: float | None
