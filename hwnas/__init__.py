@@ -42,7 +42,9 @@ _MODULES = {
     "check_device": "hwnas.api",
     "cost": "hwnas.api",
     "export": "hwnas.api",
+    "export_all": "hwnas.api",
     "fit": "hwnas.api",
+    "load_bundle": "hwnas.bundles.load",
     "lower": "hwnas.layers",
     "make_predictor": "hwnas.predictors",
     "plan": "hwnas.api",
@@ -53,6 +55,7 @@ _MODULES = {
     "search": "hwnas.api",
     "search_all": "hwnas.api",
     "train": "hwnas.api",
+    "verify": "hwnas.api",
 }
 
 __all__ = ["__version__", *_MODULES]
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from hwnas.api import check_device as check_device
     from hwnas.api import cost as cost
     from hwnas.api import export as export
+    from hwnas.api import export_all as export_all
     from hwnas.api import fit as fit
     from hwnas.api import plan as plan
     from hwnas.api import predict as predict
@@ -72,6 +76,8 @@ if TYPE_CHECKING:
     from hwnas.api import search as search
     from hwnas.api import search_all as search_all
     from hwnas.api import train as train
+    from hwnas.api import verify as verify
+    from hwnas.bundles.load import load_bundle as load_bundle
     from hwnas.devices.base import Timing as Timing
     from hwnas.errors import DeviceError as DeviceError
     from hwnas.errors import ExportError as ExportError

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from sklearn.datasets import load_digits
 from hwnas import api
 from hwnas.cli import main
 from hwnas.errors import InputError
+from hwnas.evaluator import Evaluator
 from hwnas.exporters.onnx import OnnxExporter
 from hwnas.run import Run
 from hwnas.space import SearchSpace
@@ -40,6 +42,7 @@ DEVICE = {
     },
 }
 SPACE = {"base": "tiny", "resolution": [8, 12]}
+EXTRAS = ("manifest.json", "README.md", "run.py", "check.npz")  # of every bundle
 TRAIN = ["--data", "digits", "-o", "data.size=12", "-o", "train.epochs=0.5", "-o", "train.threads=1"]
 
 
@@ -162,7 +165,7 @@ def test_export_runs_on_its_own(capsys, run, tmp_path):
     found = document(capsys, "export", "--run", run, "--output", target)
     manifest = json.loads((target / "manifest.json").read_text())
     assert found["bundle"] == str(target)
-    assert {p.name for p in target.iterdir()} == {"model.onnx", "manifest.json"}
+    assert {p.name for p in target.iterdir()} == {"model.onnx", "front.svg", *EXTRAS}
     assert manifest["parity"]["passed"]
     assert manifest["parity"]["num_images"] == 64
     assert manifest["latency"]["device"] == "quick"
@@ -195,7 +198,8 @@ def test_export_in_other_formats(capsys, run, tmp_path, format, files, shape):
     assert manifest["parity"]["passed"]
     assert manifest["latency"]["device"] == measured
     assert manifest["file"]["parts"] == files
-    assert {p.name for p in (tmp_path / "bundle").iterdir()} == {*files, "manifest.json"}
+    snippets = {"tflite": ["run.kt"], "ncnn": ["run.cc"]}.get(format, [])
+    assert {p.name for p in (tmp_path / "bundle").iterdir()} == {*files, *snippets, *EXTRAS}
     assert manifest["file"]["size_bytes"] == sum((tmp_path / "bundle" / name).stat().st_size for name in files)
     assert manifest["input"]["shape"] == shape
     code, _, err = hwnas(capsys, "export", "--run", run, "--format", format, "--arch", "smallest", "--device", "cpu")
@@ -218,6 +222,86 @@ def test_export_of_a_broken_file_fails_its_parity_check(capsys, run, tmp_path, m
     assert not target.exists()
     assert [p for p in tmp_path.iterdir() if "bundle" in p.name] == []
     assert out == ""
+
+
+def test_several_formats_share_the_work(capsys, run, tmp_path, monkeypatch):
+    calibrated = []
+    honest = Evaluator.child
+
+    def counted(self, arch):
+        calibrated.append(arch)
+        return honest(self, arch)
+
+    monkeypatch.setattr(Evaluator, "child", counted)
+    words = ["--format", "onnx", "--format", "tflite", "--output", tmp_path / "all"]
+    found = document(capsys, "export", "--run", run, *words)["bundles"]
+    assert [bundle["file"]["format"] for bundle in found] == ["onnx", "tflite"]
+    assert len(calibrated) == 1
+    assert found[0]["latency"]["device"] == "quick"
+    assert found[1]["latency"] is None
+    for bundle in found:
+        assert document(capsys, "verify", bundle["bundle"])["parity"]["passed"]
+    code, out, _ = hwnas(capsys, "verify", found[0]["bundle"])
+    assert code == 0
+    assert "as exported" in out
+
+
+def test_export_in_int8_to_a_zip(capsys, run, tmp_path):
+    """Its accuracy is that of the file in its runtime, and close to the network's."""
+    target = tmp_path / "bundle.zip"
+    words = ["export", "--run", run, "--arch", "biggest", "--precision", "int8", "--max-accuracy-drop", 0.02]
+    code, out, err = hwnas(capsys, *words, "--output", target)
+    assert code == 0, err
+    assert re.search(r"onnx: validation accuracy [\d.]+% in int8, [\d.]+% in fp32", err)
+    assert "(in onnxruntime)" in out
+    manifest = document(capsys, "verify", target)["manifest"]
+    assert manifest["file"]["precision"] == "int8"
+    expected = api.accuracy(Run(run).space.largest(), run, split="test")
+    assert manifest["accuracy"]["value"] == pytest.approx(expected, abs=0.1)
+    assert manifest["accuracy"]["computed_by"] == "onnxruntime"
+
+
+def test_a_device_that_cannot_be_reached(capsys, run, tmp_path):
+    """Where it was only the search's, the bundle says what is predicted; where it was asked for, that is an error."""
+    broken = DEVICE | {"python": "/nowhere/python"}
+    (run / "devices" / "quick.yaml").write_text(yaml.safe_dump(broken))
+    words = ["export", "--run", run, "--output", tmp_path / "bundle"]
+    code, out, err = hwnas(capsys, *words)
+    assert code == 0, err
+    assert "the file is not measured: " in err
+    assert "ms predicted on quick, not measured" in out
+    manifest = document(capsys, "verify", tmp_path / "bundle")["manifest"]
+    assert manifest["latency"]["measured_ms"] is None
+    assert manifest["latency"]["predicted_ms"] > 0
+    assert hwnas(capsys, *words, "--device", "quick")[0] == 4
+
+
+def test_a_runtime_that_is_missing(capsys, run, tmp_path, monkeypatch):
+    from hwnas.api import exporting
+
+    def missing(package):
+        raise exporting.PackageNotFoundError
+
+    monkeypatch.setattr(exporting, "version", missing)
+    code, _, err = hwnas(capsys, "export", "--run", run, "--format", "ncnn", "--output", tmp_path / "bundle")
+    assert code == 2
+    assert err.splitlines()[-1] == "hwnas: format ncnn needs ncnn: pip install 'hwnas[ncnn]'"
+
+
+def test_data_of_other_classes_is_refused(capsys, run, tmp_path, monkeypatch):
+    from hwnas.api import exporting
+
+    honest = exporting.open_evaluator
+
+    def fewer(*arguments):
+        evaluator = honest(*arguments)
+        evaluator.data = replace(evaluator.data, classes=evaluator.data.classes[:9])
+        return evaluator
+
+    monkeypatch.setattr(exporting, "open_evaluator", fewer)
+    code, _, err = hwnas(capsys, "export", "--run", run, "--output", tmp_path / "bundle")
+    assert code == 2
+    assert "the network has 10 classes, but digits has 9" in err
 
 
 def test_devices(capsys, run):
@@ -377,6 +461,13 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, words, message, tmp_pat
         (["search", "--device", "quick", "--latency-ms", 1, "--strategy", "oracle"], "unknown strategy 'oracle'"),
         (["search", "--device", "quick", "--energy-mj", 1], "no energy predictor for 'quick'"),
         (["export", "--format", "gif"], "format 'gif' is not one of .*onnx"),
+        (["export", "--precision", "int3"], "format onnx has no precision 'int3', only fp32, int8"),
+        (["export", "--format", "executorch", "--precision", "int8"], "format executorch has no precision 'int8'"),
+        (["export", "--format", "onnx", "--format", "onnx"], "onnx, onnx: one is there twice"),
+        (["export", "--max-accuracy-drop", 2], "max_accuracy_drop=2.0 is not a share"),
+        (["export", "--device", "quick", "--precision", "int8"], "takes fp32 files, but the exporter writes int8"),
+        (["export", "--device", "quick", "--format", "tflite"], "runs onnx files, .*: use --format onnx"),
+        (["verify", "nowhere"], "nowhere: there is no such bundle"),
         (["export", "--result", "none"], "no result 'none' .*quick-50ms"),
         (["export", "--output", "/proc/none"], "/proc/none: cannot be written"),
         (["predict", "--device", "quick", "--arch", "none.json"], "none.json: cannot be read"),
@@ -387,7 +478,8 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, words, message, tmp_pat
 def test_wrong_input_with_a_run(capsys, words, message, run, space_file):
     before = counts(run)
     words = [space_file if word == "SPACE" else word for word in words]
-    code, out, err = hwnas(capsys, *words, "--run", run)
+    where = [] if words[0] == "verify" else ["--run", run]
+    code, out, err = hwnas(capsys, *words, *where)
     assert code == 2, err
     assert re.search(message, err.splitlines()[-1]), err
     assert out == ""

@@ -281,15 +281,15 @@ def test_bad_files(tmp_path):
     writer, layers, tensors = smallest()
     path = tmp_path / "m.param"
     image = np.zeros((1, 1, layers[0].in_size, layers[0].in_size), dtype=np.float32)
-    with pytest.raises(ExportError, match=r"ncnn cannot load .*m\.param"):
+    with pytest.raises(ExportError, match=r"ncnn cannot run .*m\.param"):
         writer.infer(path, image)
     writer.write(layers, tensors, path)
     weights = (tmp_path / "m.bin").read_bytes()
     (tmp_path / "m.bin").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ExportError, match=r"ncnn cannot load .*m\.param"):
+    with pytest.raises(ExportError, match=r"ncnn cannot run .*m\.param"):
         writer.infer(path, image)
     (tmp_path / "m.bin").unlink()
-    with pytest.raises(ExportError, match=r"ncnn cannot load .*m\.param"):
+    with pytest.raises(ExportError, match=r"ncnn cannot run .*m\.param"):
         writer.infer(path, image)
 
 

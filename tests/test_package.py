@@ -35,7 +35,7 @@ STANDS_ON = {
     "calibrate": ["network"],
     "training": ["supernet", "evaluator", "progress"],
     # measuring and predicting
-    "exporters": ["layers", "files"],
+    "exporters": ["network", "files"],
     "devices": ["layers", "files"],
     "measurement": ["devices"],
     "store": ["measurement"],
@@ -45,16 +45,16 @@ STANDS_ON = {
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
     "searching": ["predictors", "store", "exporters", "progress"],
     # what users call
-    "bundle": ["exporters", "network"],
+    "bundles": ["exporters", "devices"],
     "run": ["predictors", "store", "training"],
     "testing": ["measuring", "network"],
     "report": ["run", "searching"],
-    "api": ["run", "searching", "measuring", "bundle", "report"],
+    "api": ["run", "searching", "measuring", "bundles", "report"],
     "cli": ["api"],
     "__main__": ["cli"],
 }
 
-# A lab machine can fit, search and write ONNX files without torch.
+# A lab machine can fit, search, write ONNX files and run bundles without torch.
 WITHOUT_TORCH = (
     "errors",
     "config",
@@ -68,6 +68,7 @@ WITHOUT_TORCH = (
     "run",
     "searching",
     "report",
+    "bundles.load",
     "api",
 )
 

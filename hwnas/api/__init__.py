@@ -15,6 +15,8 @@ from hwnas.api.data import inspect_data as inspect_data
 from hwnas.api.data import load_data as load_data
 from hwnas.api.evaluating import accuracy as accuracy
 from hwnas.api.exporting import export as export
+from hwnas.api.exporting import export_all as export_all
+from hwnas.api.exporting import verify as verify
 from hwnas.api.profiling import Profile as Profile
 from hwnas.api.profiling import fit as fit
 from hwnas.api.profiling import predict as predict

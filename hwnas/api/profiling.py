@@ -56,6 +56,7 @@ class Profile:
         holdout: errors on fresh random children measured for this only; None if there are none.
         points: predicted against measured, of the children of both.
         plots: the files that show them, the one to look at first.
+        energy: predictor of the energy of an inference, mJ; None where the device does not tell it.
     """
 
     device: str

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,13 @@ _EXPORTERS = {
     "executorch": "hwnas.exporters.executorch:ExecutorchExporter",
     "ncnn": "hwnas.exporters.ncnn:NcnnExporter",
     "onnx": "hwnas.exporters.onnx:OnnxExporter",
+    "openvino": "hwnas.exporters.openvino:OpenvinoExporter",
+    "tensorrt": "hwnas.exporters.tensorrt:TensorrtExporter",
     "tflite": "hwnas.exporters.tflite:TfliteExporter",
+    "torch": "hwnas.exporters.torch:TorchExporter",
 }
+T = TypeVar("T")
+Run: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 LOGITS = "logits"  # the output's name in formats that have names; the input's is `IMAGE`
 _POOL_SIZE = 65_537
 _RANGES = {  # of values within four standard deviations of 1, after an activation
@@ -115,32 +120,50 @@ def file_bytes(layers: Iterable[Layer], format: str = "onnx", precision: str = "
 class Exporter(ABC):
     """Writes networks in one format.
 
-    Profiling calls `write` once a child, with random tensors. Export calls it once with trained ones, and then `infer`,
-    to compare what the file computes with what the network does.
+    Profiling calls `write` once a child, with random tensors. Export calls it with trained ones, and then `infer`, to
+    compare what the file computes with what the network does. The source of `load` goes into every bundle, where it
+    runs the file without hwnas.
 
     Args:
         precision: one of `precisions`.
+        keep: names of layers that stay in float32 in an int8 file, where `mixes` is true.
 
     Attributes:
-        format: the format's name, as the user and `Device.accepts` write it.
+        format: the format's name, as the user writes it.
+        file_format: as `Device.accepts` writes it; another one where a bundle of the format holds files of that.
         suffix: of its files, `.onnx`.
         layout: of the files' input: NCHW, (1, in_channels, resolution, resolution), or NHWC.
         precisions: that it can write: `fp32`, `int8` (weights per output channel, activations per tensor).
         precision: that of the weights and the arithmetic in the files it writes.
+        mixes: whether its int8 files can keep layers in float32.
+        runtime: what runs the files, for messages.
+        packages: of PyPI, that `load` needs beside numpy.
+        extra: of hwnas, that brings them; empty where they come with it.
 
     Raises:
-        InputError: the format has no such precision.
+        InputError: the format has no such precision, or cannot keep layers in float32.
     """
 
     format: ClassVar[str]
+    file_format: ClassVar[str] = ""
     suffix: ClassVar[str]
     layout: ClassVar[Literal["NCHW", "NHWC"]] = "NCHW"
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    mixes: ClassVar[bool] = False
+    runtime: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    extra: ClassVar[str] = ""
 
-    def __init__(self, precision: str = "fp32") -> None:
+    def __init__(self, precision: str = "fp32", keep: Collection[str] = ()) -> None:
         if precision not in self.precisions:
             raise InputError(f"format {self.format} has no precision {precision!r}, only {', '.join(self.precisions)}")
-        self.precision = precision
+        if keep and not self.mixes:
+            raise InputError(f"format {self.format} cannot keep some layers in float32")
+        self.precision, self.keep = precision, frozenset(keep)
+
+    def suits(self, accepts: str, precision: str) -> bool:
+        """Whether a device that takes files of a format and a precision takes those of this exporter."""
+        return (self.file_format or self.format, self.precision) == (accepts, precision)
 
     @abstractmethod
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
@@ -162,7 +185,41 @@ class Exporter(ABC):
             OSError: the file cannot be written.
         """
 
+    @staticmethod
     @abstractmethod
+    def load(path: Path) -> Run:
+        """Load a file into the format's own runtime, on one thread of this machine.
+
+        Its source is copied into bundles: it imports what it needs beside numpy (`np`), and uses nothing of hwnas. It
+        may raise anything.
+
+        Returns:
+            A function from one image, in the layout of the file's input, to its logits, (1, num_classes).
+        """
+
+    def runner(self, path: Path) -> Run:
+        """`load`, for several images and with errors for people.
+
+        Args:
+            path: what `write` wrote.
+
+        Returns:
+            A function from images (num_images, in_channels, resolution, resolution), preprocessed, to logits
+            (num_images, num_classes). It raises `ExportError` where the runtime fails.
+
+        Raises:
+            ExportError: the runtime is missing, or refuses the file.
+        """
+        run = self._explained(path, lambda: self.load(path))
+
+        def infer(images: NDArray[np.float32]) -> NDArray[np.float32]:
+            inputs = images if self.layout == "NCHW" else images.transpose(0, 2, 3, 1)
+            return self._explained(
+                path, lambda: np.concatenate([run(np.ascontiguousarray(image[None])) for image in inputs])
+            )
+
+        return infer
+
     def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run a file in the format's own runtime on this machine.
 
@@ -176,6 +233,22 @@ class Exporter(ABC):
         Raises:
             ExportError: the runtime is missing, refuses the file, or fails.
         """
+        return self.runner(path)(images)
+
+    def _explained(self, path: Path, call: Callable[[], T]) -> T:
+        """What a call of the runtime gives; `ExportError` where that raises anything."""
+        try:
+            return call()
+        except ImportError as error:
+            raise ExportError(f"{self.runtime} is not installed: {self.install} ({error})") from None
+        except Exception as error:  # the runtimes' own exceptions have no common base
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ExportError(f"{self.runtime} cannot run {path}: {reason}") from None
+
+    @property
+    def install(self) -> str:
+        """The command that brings the packages."""
+        return f"pip install 'hwnas[{self.extra}]'" if self.extra else f"pip install {' '.join(self.packages)}"
 
 
 def formats() -> tuple[str, ...]:
@@ -183,8 +256,8 @@ def formats() -> tuple[str, ...]:
     return tuple(sorted(_EXPORTERS))
 
 
-def exporter(format: str, precision: str = "fp32") -> Exporter:
-    """The exporter of a format and a precision.
+def exporter(format: str, precision: str = "fp32", keep: Collection[str] = ()) -> Exporter:
+    """The exporter of a format and a precision, see `Exporter`.
 
     Raises:
         InputError: there is none.
@@ -192,7 +265,7 @@ def exporter(format: str, precision: str = "fp32") -> Exporter:
     if format not in _EXPORTERS:
         raise InputError(f"format {format!r} is not one of {', '.join(formats())}")
     module, _, name = _EXPORTERS[format].partition(":")
-    made: Exporter = getattr(import_module(module), name)(precision)
+    made: Exporter = getattr(import_module(module), name)(precision, keep)
     return made
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, folded, tensor, write_pieces
+from hwnas.exporters.base import Artifact, Exporter, Run, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _BACKEND = "XnnpackBackend"
@@ -225,6 +225,9 @@ class ExecutorchExporter(Exporter):
 
     format: ClassVar[str] = "executorch"
     suffix: ClassVar[str] = ".pte"
+    runtime: ClassVar[str] = "executorch"
+    packages: ClassVar[tuple[str, ...]] = ("executorch", "torch")
+    extra: ClassVar[str] = "executorch"
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
@@ -235,22 +238,28 @@ class ExecutorchExporter(Exporter):
             data = bytes(serialize_pte_binary(PTEFile(program), extract_delegate_segments=True))
         return Artifact(path, self.format, self.precision, write_pieces(path, [data]))
 
-    def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    @staticmethod
+    def load(path: Path) -> Run:
         """See `Exporter`."""
-        with _quiet():
-            import torch
-            from executorch.exir._serialize._program import deserialize_pte_binary
-            from executorch.runtime import Runtime
+        import torch
+        from executorch.runtime import Runtime
 
-            runtime = Runtime.get()
-        try:
-            (plan,) = deserialize_pte_binary(path.read_bytes()).program.execution_plan
+        method = Runtime.get().load_program(path).load_method("forward")
+        return lambda image: method.execute([torch.from_numpy(image)])[0].numpy()
+
+    def runner(self, path: Path) -> Run:
+        """See `Exporter`; refuses what executorch's own kernels would run, which are slow."""
+        with _quiet():
+            from executorch.exir._serialize._program import deserialize_pte_binary
+
+            try:
+                (plan,) = deserialize_pte_binary(path.read_bytes()).program.execution_plan
+            except Exception as error:  # what is no program fails in executorch's readers in many ways
+                raise ExportError(f"executorch cannot run {path}: {error}") from None
             if plan.operators or [delegate.id for delegate in plan.delegates] != [_BACKEND]:
-                raise ValueError("it does not run as a whole in XNNPACK, and executorch's own kernels are slow")
-            method = runtime.load_program(path).load_method(plan.name)
-            return np.concatenate([method.execute([torch.from_numpy(image[None])])[0].numpy() for image in images])
-        except Exception as error:  # what is no program fails in executorch's readers in many ways
-            raise ExportError(f"executorch cannot run {path}: {error}") from None
+                reason = "it does not run as a whole in XNNPACK, and executorch's own kernels are slow"
+                raise ExportError(f"executorch cannot run {path}: {reason}")
+            return super().runner(path)
 
 
 @contextmanager

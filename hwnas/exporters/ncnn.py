@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.errors import ExportError
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, folded, tensor
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, Run, folded, tensor
 from hwnas.files import replacing
 from hwnas.layers import IMAGE, Layer
 
@@ -168,6 +167,9 @@ class NcnnExporter(Exporter):
     format: ClassVar[str] = "ncnn"
     suffix: ClassVar[str] = ".param"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    runtime: ClassVar[str] = "ncnn"
+    packages: ClassVar[tuple[str, ...]] = ("ncnn",)
+    extra: ClassVar[str] = "ncnn"
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`; the hash is of the `.param` and the `.bin`, in this order."""
@@ -182,24 +184,24 @@ class NcnnExporter(Exporter):
                 file.write(part)
         return Artifact(path, self.format, self.precision, digest.hexdigest())
 
-    def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    @staticmethod
+    def load(path: Path) -> Run:
         """See `Exporter`; in float32, or int8 and float32."""
-        try:
-            import ncnn
-        except ImportError:
-            raise ExportError("the ncnn format needs the package ncnn: pip install 'hwnas[ncnn]'") from None
+        import ncnn
+
         net = ncnn.Net()
         net.opt.num_threads = 1
         for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
             setattr(net.opt, option, False)
         if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
-            raise ExportError(f"ncnn cannot load {path}")
-        logits = []
-        for image in images:
-            run = net.create_extractor()
-            failed = run.input(IMAGE, ncnn.Mat(np.ascontiguousarray(image, dtype=np.float32)).clone())
-            failed, output = (failed, None) if failed else run.extract(LOGITS)
+            raise RuntimeError("it cannot be loaded")
+
+        def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
+            extractor = net.create_extractor()
+            failed = extractor.input("image", ncnn.Mat(image[0]).clone())
+            failed, logits = (failed, None) if failed else extractor.extract("logits")
             if failed:
-                raise ExportError(f"ncnn cannot run {path}: error {failed}")
-            logits.append(np.array(output))
-        return np.stack(logits)
+                raise RuntimeError(f"error {failed}")
+            return np.array(logits)[None]
+
+        return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -12,8 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from hwnas.errors import ExportError
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, folded, tensor, write_pieces
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, Run, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _Weights: TypeAlias = dict[str, NDArray[Any]]
@@ -42,10 +41,12 @@ class _Quantisation:
             zero point that their range gives, and biases int32 in steps of input scale times weight scale.
         dense: also between a convolution and its activation, and within a swish, so that every operator has integers
             on both sides; else only what layers pass on, so that a runtime can fuse a convolution with its activation.
+        keep: names of layers that compute in float32 on what others pass on.
     """
 
     symmetric: bool
     dense: bool
+    keep: frozenset[str] = frozenset()
 
 
 def onnx_model(
@@ -68,6 +69,17 @@ def onnx_model(
     return model
 
 
+def onnx_bytes(
+    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], precision: str, keep: frozenset[str] = frozenset()
+) -> bytes:
+    """The bytes of the file that `OnnxExporter` writes.
+
+    Raises:
+        ExportError: a tensor is missing or has the wrong shape.
+    """
+    return b"".join(_encode(*_graph(layers, tensors, _quantisation(precision, keep))))
+
+
 def _graph(
     layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None
 ) -> tuple[onnx.GraphProto, _Weights]:
@@ -80,12 +92,23 @@ def _graph(
     ):
         values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     writer = _Writer(graph, tensors, quantisation)
-    made = {IMAGE: writer.quantised(IMAGE)}  # the value that carries each layer's output
+    integers = _passed_as_integers(layers, quantisation)
+    made = {IMAGE: writer.quantised(IMAGE) if IMAGE in integers else IMAGE}  # what carries each layer's output
     for layer in layers:
         inputs = [made[name] for name in layer.inputs]
         writer.add(layer, inputs, LOGITS if layer is last else layer.name)
-        made[layer.name] = LOGITS if layer is last else writer.quantised(layer.name)
+        made[layer.name] = LOGITS if layer is last else layer.name
+        if layer.name in integers:
+            made[layer.name] = writer.quantised(layer.name)
     return graph, writer.weights
+
+
+def _passed_as_integers(layers: Sequence[Layer], quantisation: _Quantisation | None) -> set[str]:
+    """The layers, and perhaps the image, whose output is quantised: those that are, or that such a layer reads."""
+    if quantisation is None:
+        return set()
+    quantised = [layer for layer in layers if layer.name not in quantisation.keep]
+    return {name for layer in quantised for name in (layer.name, *layer.inputs)} - {layers[-1].name}
 
 
 def _encode(graph: onnx.GraphProto, weights: _Weights) -> Iterator[bytes | memoryview]:
@@ -145,7 +168,8 @@ class _Writer:
                 weight = tensor(self._tensors, f"{layer.name}.weight", layer.weight_shape)
                 bias = tensor(self._tensors, f"{layer.name}.bias", (layer.out_channels,)) if layer.bias else None
                 flat = self._node("Flatten", inputs, f"{layer.name}.flatten")
-                flat = self.quantised(flat, self._range(layer.inputs[0]))
+                if self._is_quantised(layer):
+                    flat = self.quantised(flat, self._range(layer.inputs[0]))
                 self._node("Gemm", [flat, *self._weights(layer, flat, weight, bias)], output, transB=1)
             case "avg_pool":
                 sizes = {"kernel_shape": [2, 2], "strides": [2, 2]}
@@ -175,7 +199,7 @@ class _Writer:
         return self._node("DequantizeLinear", [integers, *how], f"{value}.dequantised")
 
     def _activation(self, layer: Layer, source: str, output: str) -> None:
-        dense = self._quantisation is not None and self._quantisation.dense
+        dense = self._quantisation is not None and self._quantisation.dense and self._is_quantised(layer)
         if dense and layer.activation != "relu":  # which a convolution's rescaling does in passing
             source = self.quantised(source, self._range(f"{layer.name}.preactivation"))
         if layer.activation == "swish":
@@ -188,7 +212,7 @@ class _Writer:
     def _weights(self, layer: Layer, source: str, weight: NDArray[Any], bias: NDArray[Any] | None) -> list[str]:
         """The weight and the bias of a layer that reads `source`, as its operator's further inputs."""
         names = f"{layer.name}.weight", f"{layer.name}.bias"
-        if self._quantisation is None:
+        if self._quantisation is None or not self._is_quantised(layer):
             inputs = [self._weight(names[0], weight, "<f4")]
             return inputs if bias is None else [*inputs, self._weight(names[1], bias, "<f4")]
         rows = weight.reshape(len(weight), -1)
@@ -206,6 +230,9 @@ class _Writer:
             scale = scale * input_scale
             inputs.append(self._dequantised(names[1], np.rint(bias / scale).astype(np.int32), scale))
         return inputs
+
+    def _is_quantised(self, layer: Layer) -> bool:
+        return self._quantisation is not None and layer.name not in self._quantisation.keep
 
     def _dequantised(self, name: str, integers: NDArray[Any], scale: NDArray[np.float32]) -> str:
         inputs = [
@@ -236,6 +263,10 @@ _QUANTISATIONS = {
 }
 
 
+def _quantisation(precision: str, keep: frozenset[str]) -> _Quantisation | None:
+    return replace(_QUANTISATIONS[precision], keep=keep) if precision in _QUANTISATIONS else None
+
+
 class OnnxExporter(Exporter):
     """Writes ONNX files of opset 17.
 
@@ -252,20 +283,21 @@ class OnnxExporter(Exporter):
     format: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", *_QUANTISATIONS)
+    mixes: ClassVar[bool] = True
+    runtime: ClassVar[str] = "onnxruntime"
+    packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        graph = _graph(layers, tensors, _QUANTISATIONS.get(self.precision))
+        graph = _graph(layers, tensors, _quantisation(self.precision, self.keep))
         return Artifact(path, self.format, self.precision, write_pieces(path, _encode(*graph)))
 
-    def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    @staticmethod
+    def load(path: Path) -> Run:
         """See `Exporter`."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # more would spin against torch's
-        try:
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            return np.concatenate([session.run([LOGITS], {IMAGE: image[None]})[0] for image in images])
-        except Exception as error:  # onnxruntime's own exceptions have no common base
-            raise ExportError(f"onnxruntime cannot run {path}: {error}") from None
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda image: session.run(["logits"], {"image": image})[0]

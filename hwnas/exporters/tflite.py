@@ -5,7 +5,6 @@ Only running a file needs a package, ai-edge-litert; writing one needs none.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.errors import ExportError
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, folded, tensor, write_pieces
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, Run, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 # Numbers of the schema, https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs:
@@ -368,28 +366,27 @@ class TfliteExporter(Exporter):
     suffix: ClassVar[str] = ".tflite"
     layout: ClassVar[Literal["NCHW", "NHWC"]] = "NHWC"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    runtime: ClassVar[str] = "LiteRT"
+    packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert",)
+    extra: ClassVar[str] = "litert"
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
         pieces = _Writer(tensors, int8=self.precision == "int8").model(layers)
         return Artifact(path, self.format, self.precision, write_pieces(path, pieces))
 
-    def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    @staticmethod
+    def load(path: Path) -> Run:
         """See `Exporter`."""
-        try:
-            from ai_edge_litert.interpreter import Interpreter
-        except ImportError:
-            raise ExportError("running tflite files needs LiteRT: pip install 'hwnas[litert]'") from None
-        try:
-            interpreter = Interpreter(os.fspath(path), num_threads=1)
-            interpreter.allocate_tensors()
-            image, logits = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
-            found = []
-            for value in images.transpose(0, 2, 3, 1):
-                interpreter.set_tensor(image["index"], np.ascontiguousarray(value[None]))
-                interpreter.invoke()
-                found.append(interpreter.get_tensor(logits["index"]))
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ExportError(f"LiteRT cannot run {path}: {reason}") from None
-        return np.concatenate(found)
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(str(path), num_threads=1)
+        interpreter.allocate_tensors()
+        source, logits = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+
+        def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
+            interpreter.set_tensor(source["index"], image)
+            interpreter.invoke()
+            return interpreter.get_tensor(logits["index"])  # type: ignore[no-any-return]
+
+        return run

@@ -1,0 +1,180 @@
+"""The programs of a bundle: `run.py`, and a snippet for C++ or Kotlin where a format's runtime is usually met there."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+from importlib.resources import files
+from textwrap import dedent
+
+from hwnas import __version__
+from hwnas.bundles.manifest import Manifest
+from hwnas.devices.tools import trtexec
+from hwnas.exporters.base import Exporter
+
+RUN_PY = '''"""Classify images with {name} ({format}, {precision}), and nothing but its runtime, numpy and Pillow.
+
+    pip install {packages} numpy pillow
+    python run.py IMAGE...
+
+Written by hwnas {version}, Apache-2.0. The preprocessing is that of manifest.json beside it.
+"""
+'''
+
+RUN_CC = """\
+// Classifies an image with {name}, in ncnn (https://github.com/Tencent/ncnn). Written by hwnas {version}, Apache-2.0.
+//   g++ -O2 run.cc -o run $(pkg-config --cflags --libs ncnn) && ./run pixels.raw
+// pixels.raw: {size} x {size} x {channels} bytes, {order} by pixel: the image after every resize of manifest.json, as
+// the function `pixels` of run.py gives it. ncnn's own resizing has no antialiasing.
+#include <ncnn/net.h>
+
+#include <cstdio>
+#include <vector>
+
+static const char* kClasses[] = {{{classes}}};
+
+int main(int argc, char** argv) {{
+  std::vector<unsigned char> pixels({size} * {size} * {channels});
+  FILE* file = argc == 2 ? std::fopen(argv[1], "rb") : nullptr;
+  if (!file || std::fread(pixels.data(), 1, pixels.size(), file) != pixels.size()) return 2;
+  std::fclose(file);
+
+  ncnn::Net net;
+  net.opt.num_threads = 1;
+  net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = false;  // as it was checked
+  if (net.load_param("{name}") || net.load_model("{weights}")) return 3;
+
+  ncnn::Mat image = ncnn::Mat::from_pixels(pixels.data(), ncnn::Mat::{pixel}, {size}, {size});
+  const float mean[] = {{{mean}}};  // of bytes
+  const float norm[] = {{{norm}}};  // 1 / (255 * std)
+  image.substract_mean_normalize(mean, norm);
+
+  ncnn::Extractor extractor = net.create_extractor();
+  extractor.input("{input}", image);
+  ncnn::Mat logits;
+  if (extractor.extract("{output}", logits)) return 4;
+  int best = 0;
+  for (int i = 1; i < logits.w; i++)
+    if (logits[i] > logits[best]) best = i;
+  std::printf("%s\\n", kClasses[best]);
+}}
+"""
+
+RUN_KT = """\
+// Classifies an image with {name}, in LiteRT on Android. Written by hwnas {version}, Apache-2.0.
+//   implementation("com.google.ai.edge.litert:litert:1.4.0")
+// pixels: {size} x {size} x {channels} bytes, {order} by pixel: the image after every resize of manifest.json, as the
+// function `pixels` of run.py gives it. Android's own scaling has no bicubic filter.
+import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import org.tensorflow.lite.Interpreter
+
+private val MEAN = floatArrayOf({mean})
+private val STD = floatArrayOf({std})
+
+class Classifier(model: File, private val classes: List<String>) : AutoCloseable {{
+    private val interpreter = Interpreter(model, Interpreter.Options().setNumThreads(1))
+
+    /** The likeliest of the manifest's classes. */
+    fun classify(pixels: ByteArray): String {{
+        val input = ByteBuffer.allocateDirect(4 * pixels.size).order(ByteOrder.nativeOrder())
+        pixels.forEachIndexed {{ i, pixel ->
+            val value = (pixel.toInt() and 0xFF) / 255f
+            input.putFloat((value - MEAN[i % {channels}]) / STD[i % {channels}])
+        }}
+        input.rewind()
+        val logits = Array(1) {{ FloatArray({num_classes}) }}
+        interpreter.run(input, logits)
+        return classes[logits[0].indices.maxByOrNull {{ logits[0][it] }}!!]
+    }}
+
+    override fun close() = interpreter.close()
+}}
+"""
+
+BUILD_SH = """\
+#!/bin/sh
+# Builds a TensorRT engine from {name}, for the GPU of this machine: an engine runs on no other kind, and in no other
+# version of TensorRT. Kernels' times are kept in timing.cache, which makes the next engine quick to build.
+# Written by hwnas {version}, Apache-2.0. The input is the float32 image after run.py's `preprocess`.
+#   sh build.sh TENSORRT_VERSION {precisions}     for example: sh build.sh 10 {last}
+set -eu
+cd "$(dirname "$0")"
+trtexec=${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}
+case "${{1:-}} ${{2:-}}" in
+{cases}
+  *) echo "usage: sh build.sh {versions} {precisions}" >&2; exit 2 ;;
+esac
+"""
+
+SNIPPETS = {"ncnn": ("run.cc", RUN_CC), "tflite": ("run.kt", RUN_KT)}
+
+
+def scripts(manifest: Manifest, exporter: Exporter) -> dict[str, str]:
+    """The programs of a bundle, by the names of their files.
+
+    `run.py` is the source of `hwnas.bundles.classify` and of the format's `Exporter.load`: what is tested is what is
+    shipped.
+    """
+    what: dict[str, str] = {
+        "name": manifest.file.name,
+        "format": manifest.file.format,
+        "precision": manifest.file.precision,
+        "packages": " ".join(exporter.packages),
+        "version": __version__,
+    }
+    shared = files("hwnas.bundles").joinpath("classify.py").read_text(encoding="utf-8")
+    shared = shared.partition('"""\n')[2].lstrip("\n")  # without its docstring
+    load = dedent(inspect.getsource(type(exporter).load)).removeprefix("@staticmethod\n")
+    load = load.replace('"""See `Exporter`."""', '"""The network in a file, as a function."""')
+    end = 'if __name__ == "__main__":\n    main(load, Path(__file__).parent, sys.argv[1:])\n'
+    made = {"run.py": "\n\n".join([RUN_PY.format(**what) + shared.rstrip() + "\n", load, end])}
+    if manifest.file.format in SNIPPETS:
+        name, template = SNIPPETS[manifest.file.format]
+        made[name] = template.format(**what, **_constants(manifest))
+    if manifest.file.format == "tensorrt":
+        made["build.sh"] = BUILD_SH.format(**{**what, **_builds(manifest)})
+    return made
+
+
+def _builds(manifest: Manifest) -> dict[str, str]:
+    """What devices that run trtexec are given, for each version and precision."""
+    precisions = ("fp32", "fp16") if manifest.file.precision == "fp32" else ("int8",)
+    cases = []
+    for number in trtexec.VERSIONS:
+        for precision in precisions:
+            if number >= 11 and precision == "fp16":
+                continue  # it runs networks in the types of the file
+            program = trtexec.Program(precision, version=number)
+            command = program.build_command("trtexec", manifest.file.name, f"model-{precision}.engine", ".")
+            flags = " ".join(shlex.quote(word) for word in command[1:])
+            cases.append(f'  "{number} {precision}") exec "$trtexec" {flags} ;;')
+    return {
+        "cases": "\n".join(cases),
+        "precisions": "|".join(precisions),
+        "last": precisions[-1],
+        "versions": "|".join(map(str, trtexec.VERSIONS)),
+    }
+
+
+def _constants(manifest: Manifest) -> dict[str, object]:
+    how = manifest.preprocessing
+    numbers = {
+        "mean": how.mean if manifest.file.format == "tflite" else [255 * value for value in how.mean],
+        "norm": [1 / (255 * value) for value in how.std],
+        "std": how.std,
+    }
+    return {
+        "size": how.resolution,
+        "channels": how.channels,
+        "order": "grey" if how.channels == 1 else "red, green, blue",
+        "pixel": "PIXEL_GRAY" if how.channels == 1 else "PIXEL_RGB",
+        "num_classes": len(manifest.classes),
+        "classes": ", ".join(json.dumps(name, ensure_ascii=False) for name in manifest.classes),  # also C++
+        "weights": next((part for part in manifest.file.parts if part != manifest.file.name), ""),
+        "input": manifest.input.name,
+        "output": manifest.output.name,
+        **{name: ", ".join(f"{value:.9g}f" for value in values) for name, values in numbers.items()},
+    }

@@ -1,0 +1,99 @@
+"""PyTorch's own format (.pt2), by torch.export: for servers that run torch, and for AOTInductor."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwnas.exporters.base import Artifact, Exporter, Run, folded, tensor, write_pieces
+from hwnas.layers import Layer
+
+# What torch.export.save writes for our networks. Whatever else torch.export.load finds in a file, it may unpickle.
+_MEMBERS = re.compile(
+    r"[^/]+/(data/weights/weight_\d+|data/(weights|constants)/model_\w+_config\.json|data/sample_inputs/model\.pt|"
+    r"models/model\.json|archive_format|archive_version|byteorder|\.data/(version|serialization_id)|\.format_version|"
+    r"\.storage_alignment|version)"
+)
+
+
+class TorchExporter(Exporter):
+    """Writes exported programs, with batch norm folded into the convolutions.
+
+    The input is float32 (1, in_channels, resolution, resolution).
+    """
+
+    format: ClassVar[str] = "torch"
+    suffix: ClassVar[str] = ".pt2"
+    runtime: ClassVar[str] = "torch"
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+
+    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+        """See `Exporter`."""
+        import torch
+
+        from hwnas.network import Network
+
+        plain, state = [], {}
+        for layer in layers:
+            bias: NDArray[Any] | None = None
+            if layer.kind == "conv":
+                state[f"{layer.name}.conv.weight"], bias = folded(layer, tensors)
+                if bias is not None:
+                    state[f"{layer.name}.conv.bias"] = bias
+            else:
+                state |= {name: tensor(tensors, name, shape) for name, shape in layer.tensors.items()}
+            plain.append(replace(layer, norm=False, bias=bias is not None) if layer.kind == "conv" else layer)
+        network = Network(plain).eval().requires_grad_(False)
+        network.load_state_dict({name: torch.from_numpy(np.float32(value)) for name, value in state.items()})
+        image = torch.zeros(1, layers[0].in_channels, layers[0].in_size, layers[0].in_size)
+        content = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of its own code
+            torch.export.save(torch.export.export(network, (image,)), content)
+        return Artifact(path, self.format, self.precision, write_pieces(path, [content.getvalue()]))
+
+    @staticmethod
+    def load(path: Path) -> Run:
+        """See `Exporter`."""
+        import torch
+
+        network = torch.export.load(path).module()
+        return lambda image: network(torch.from_numpy(image)).numpy()
+
+    def runner(self, path: Path) -> Run:
+        """See `Exporter`; refuses files that `torch.export.load` would unpickle, which could run any program."""
+        self._explained(path, lambda: _check(path))
+        return super().runner(path)
+
+
+def _check(path: Path) -> None:
+    """Look through a file without executing anything of it.
+
+    Raises:
+        ValueError: it holds something that we do not write.
+        Exception: it is damaged, or has a pickle of more than tensors.
+    """
+    import torch
+
+    with zipfile.ZipFile(path) as packed:
+        names = packed.namelist()
+        strange = [name for name in names if not _MEMBERS.fullmatch(name)]
+        if strange or len({*names}) != len(names) or not any(name.endswith("/archive_format") for name in names):
+            raise ValueError(f"it was not written by hwnas: {', '.join(strange[:3]) or 'its parts are not those'}")
+        for name in names:
+            if name.endswith(".pt"):
+                torch.load(io.BytesIO(packed.read(name)), weights_only=True)
+            if name.endswith("_config.json"):
+                entries = json.loads(packed.read(name))["config"]
+                if any(entry["use_pickle"] for entry in entries.values()):
+                    raise ValueError(f"{name} asks for unpickling")
