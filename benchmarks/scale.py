@@ -8,8 +8,8 @@ machine, with commits that wait for the disk; it needs Debian's postgresql, and 
 - overhead: evaluations that take no time; what `Study.explore` takes by evaluation, without proposing. Beside it, the
   same children through Optuna alone, median: `add_trial` of a finished trial, and its queue: a trial added in state
   WAITING, asked and told.
-- opening: some 10,000 evaluations in the study, in the accuracy cache and as Optuna's trials; seconds until the strategy is
-  asked for the next child; beside it `Study.get_trials` of Optuna.
+- opening: some 10,000 evaluations in the study, in the accuracy cache and as Optuna's trials; seconds until the strategy
+  is asked for the next child; beside it `Study.get_trials` of Optuna.
 - speed-up: sleeping evaluations, by as many worker processes as said; from the moment that each has its first child.
 """
 

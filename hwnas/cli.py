@@ -402,7 +402,7 @@ def search(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Find the most accurate child under limits: one for each device, and the fewest children that serve all.
+    """Find the most accurate child under limits: one for each device, and the fewest children that serve all.
 
     \b
     hwnas search --device pixel --latency-ms 20
