@@ -410,7 +410,7 @@ def search(
     hwnas search --device pixel --device jetson --latency-ms 20 --together
     hwnas search --max-macs 600M
     hwnas search --device cpu --front
-    """
+    """  # noqa: D301 - click's mark is the control character itself
     from hwnas import api
     from hwnas.progress import reporting
 
