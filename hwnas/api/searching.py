@@ -133,7 +133,8 @@ def search_all(
         portfolio.results["pixel-20ms"].best, portfolio.child_for("jetson-5ms")
 
     Accuracies are shared: the question with the loosest limits is searched first; every further one starts from the
-    children that are known by then, and gets a fifth of the evaluations. Saved is a result for each, and `results/portfolio-<names>.json`.
+    children that are known by then, and gets a fifth of the evaluations. Saved is a result for each, and
+    `results/portfolio-<names>.json`.
 
     Args:
         questions: for each the limits that its child has to keep.
