@@ -31,7 +31,6 @@ BUDGETS = {"guided": 100, "coarse-to-fine": 100, "evolution": 300, "nsga2": 300,
 FRONT_BUDGETS = {"guided": 100, "coarse-to-fine": 100, "evolution": 300, "nsga2": 300, "random": 1000}
 FRONT_SURFACES = ("planted-bignas-0", "bottleneck-bignas-0", "bottleneck-ofa-mbv3-0", "supernet-model-loose")
 BATCH, OTHER_BATCHES = 8, (2, 16)
-FEWER_SEEDS = 3  # at most, for fronts and for other numbers at a time
 AT = 100  # evaluations at which strategies are compared
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f")
 
@@ -103,10 +102,11 @@ class Results:
         """The optimum if it is known; else the best that was ever found, by any search or by `Surface.best`."""
         if surface.optimum is not None:
             return surface.optimum
-        key = f"best of {identity(surface)}"
+        which = identity(surface)
+        key = f"best of {which}"
         if key not in self._known:
             self._add(key, {"value": [surface.best]})
-        return max(max(run["value"]) for name, run in self._known.items() if identity(surface) in name)
+        return max(max(run["value"]) for name, run in self._known.items() if which in name)
 
     def _add(self, key: str, result: dict[str, Any]) -> None:
         self._known[key] = result
@@ -142,10 +142,12 @@ def stacked(results: list[NDArray[np.float64]], length: int) -> NDArray[np.float
     return np.stack([np.concatenate([r, np.full(length - len(r), r[-1])]) for r in results])
 
 
-def curves_of(results: Results, surface: Surface, seeds: int) -> dict[str, NDArray[np.float64]]:
+def curves_of(results: Results, surface: Surface, seeds: dict[str, int]) -> dict[str, NDArray[np.float64]]:
     best = results.best(surface)
     return {
-        name: stacked([regret(surface, best, results(surface, name, seed, budget)) for seed in range(seeds)], budget)
+        name: stacked(
+            [regret(surface, best, results(surface, name, seed, budget)) for seed in range(seeds[name])], budget
+        )
         for name, budget in BUDGETS.items()
     }
 
@@ -245,18 +247,21 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="finished run of examples/demo.py")
     parser.add_argument("--cache", type=Path, required=True, help="folder for what is done")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--few", type=int, default=3, help="seeds of what takes long: tpe, fronts, other batches")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     results, tried = Results(arguments.cache), surfaces(arguments.run)
-    few = min(FEWER_SEEDS, arguments.seeds)
+    few = arguments.few
+    seeds = {name: few if name == "tpe" else arguments.seeds for name in BUDGETS}
     for seed in range(arguments.seeds):  # all surfaces with one seed before the next: what there is, is balanced
         for surface in tried:
             for name, budget in BUDGETS.items():
-                results(surface, name, seed, budget)
-    found = {surface.name: curves_of(results, surface, arguments.seeds) for surface in tried}
+                if seed < seeds[name]:
+                    results(surface, name, seed, budget)
+    found = {surface.name: curves_of(results, surface, seeds) for surface in tried}
     fronts = {s.name: fronts_of(results, s, few) for s in tried if s.name in FRONT_SURFACES}
     lines = [
-        *heading("Search strategies", f"{arguments.seeds} seeds, {BATCH} children at a time"),
+        *heading("Search strategies", f"{arguments.seeds} seeds ({few} of tpe), {BATCH} children at a time"),
         "Accuracy points from the optimum of the child that would be the answer, mean over the seeds and its standard",
         "error; `needs`: evaluations after which the mean is what guided's is at 100.",
         "",
