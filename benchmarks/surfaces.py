@@ -96,11 +96,10 @@ def settings(space: SearchSpace) -> Callable[[Genes], Floats]:
 
     def of(genes: Genes) -> Floats:
         relative = genes / scale
-        columns = [
-            np.where(genes[:, group] >= 0, relative[:, group], 0).sum(axis=1)
-            / np.maximum((genes[:, group] >= 0).sum(axis=1), 1)
-            for group in groups.values()
-        ]
+        columns = []
+        for group in groups.values():
+            present = genes[:, group] >= 0
+            columns.append(np.where(present, relative[:, group], 0).sum(axis=1) / np.maximum(present.sum(axis=1), 1))
         return np.stack(columns, axis=1)
 
     return of
@@ -233,34 +232,37 @@ def all_genes(space: SearchSpace) -> Genes:
     return np.unique(space.mask_absent(np.array(list(rows), dtype=np.int8)), axis=0)
 
 
-def evaluated(run: Run, num_random: int) -> tuple[Genes, Floats]:
-    """Genes and accuracies of the corner's children and of random ones of the whole space, by the trained supernet.
+def evaluated(run: Run, num_others: int) -> tuple[Genes, Floats]:
+    """Genes and accuracies, by the trained supernet, of all the corner's children and of at least so many others.
 
-    Kept in the run's database: an interruption loses nothing, and a second call costs nothing.
+    All that the run has evaluated counts; random children make up the number. Kept in the run's database: an
+    interruption loses nothing, and a second call costs nothing.
     """
     from hwnas.api.evaluating import open_evaluator
 
     part = corner(run.space)
     archs = [part.decode(row) for row in all_genes(part)]
-    archs += [run.space.decode(row) for row in run.space.sample_genes(num_random, np.random.default_rng(0))]
     with run.store() as store:
         evaluator = open_evaluator(run)
-        found = evaluator.accuracies(archs, store, report=lambda done, total, note: print(f"{done}/{total} {note}"))
-    return run.space.encode(archs), np.array(found)
+        others = {arch for arch, _ in evaluator.known(store)} - set(archs)
+        missing = max(0, num_others - len(others))
+        archs += [run.space.decode(row) for row in run.space.sample_genes(missing, np.random.default_rng(0))]
+        evaluator.accuracies(archs, store, report=lambda done, total, note: print(f"{done}/{total} {note}"))
+        known = {arch: found for arch, found in evaluator.known(store) if arch.resolution in run.space.resolution}
+    return run.space.encode(known), np.array(list(known.values()))
 
 
-def supernet(folder: str, share: float) -> list[Surface]:
-    """Two surfaces of a run of `examples/demo.py`: a corner with every child evaluated, and a model of the whole.
+def supernet(folder: str) -> list[Surface]:
+    """Surfaces of a run of `examples/demo.py`: a corner with every child evaluated, and a model of the whole, twice.
 
-    The model is a tree ensemble on the evaluations of the corner and of 500 children of the whole, as NAS-Bench-301's
-    (Zela et al., ICLR 2022); the corner's answers are evaluations themselves.
+    The corner's answers are evaluations. The model is a tree ensemble on the evaluations of the corner and of at least
+    500 other children, as NAS-Bench-301's (Zela et al., ICLR 2022).
     """
     from xgboost import XGBRegressor
 
     run = Run(folder)
     genes, accuracies = evaluated(run, 500)
     part = corner(run.space)
-    known: dict[bytes, float] = {}
     inside = all_genes(part)
     rows = run.space.encode([part.decode(row) for row in inside])
     by_row = {row.tobytes(): accuracy for row, accuracy in zip(genes, accuracies, strict=True)}
@@ -279,12 +281,12 @@ def supernet(folder: str, share: float) -> list[Surface]:
         0.001,
     )
     surfaces = []
-    for surface in (cornered, whole):
+    for surface, share in ((cornered, 0.6), (whole, 0.6), (replace(whole, name="supernet-model-loose"), 0.85)):
         small, big = surface.macs(surface.space.encode([surface.space.smallest(), surface.space.largest()]))[:, 0]
         surface = replace(surface, limit=float(small * (big / small) ** share))
         surfaces.append(surface)
     fits = cornered.value(inside[surfaces[0].feasible(inside)])
-    return [replace(surfaces[0], optimum=float(fits.max())), surfaces[1]]
+    return [replace(surfaces[0], optimum=float(fits.max())), *surfaces[1:]]
 
 
 def synthetic() -> list[Surface]:
@@ -302,4 +304,4 @@ def synthetic() -> list[Surface]:
 
 def surfaces(run: Path | None) -> list[Surface]:
     """All of them; without a trained run, the synthetic ones."""
-    return [*synthetic(), *(supernet(str(run), 0.6) if run else [])]
+    return [*synthetic(), *(supernet(str(run)) if run else [])]

@@ -570,7 +570,8 @@ class SearchSpace:
 
     def draw_genes(self, count: int, rng: np.random.Generator) -> Genes:
         """`sample_genes` before absent blocks are masked: a choice for every gene."""
-        return rng.integers([len(gene.choices) for gene in self.genes], size=(count, len(self.genes)), dtype=np.int8)
+        columns = [rng.integers(len(gene.choices), size=count, dtype=np.int8) for gene in self.genes]
+        return np.stack(columns, axis=1)
 
     def mutate_genes(self, genes: Genes, rng: np.random.Generator, probability: float | FloatArray = 0.1) -> Genes:
         """`mutate` for many children: copies in which each choice is drawn anew with `probability`.

@@ -15,6 +15,7 @@ from hwnas.layers import LayerSums
 from hwnas.space import FloatArray, Genes, SearchSpace
 
 MAX_SEARCHED = 256  # children from which the hyperparameters are found
+MAX_CERTAIN = 400  # children that make `predict` certain; the mean comes from all
 ITERATIONS = 40
 OUTLIER = 3.0  # a child as far below the median as that many times the best is above it counts as no further below
 
@@ -85,13 +86,16 @@ class AccuracyModel:
     def __init__(self, features: Features, genes: Genes, accuracies: FloatArray) -> None:
         self.features = features
         middle, best = np.median(accuracies), accuracies.max()
-        clipped = np.maximum(accuracies, middle - OUTLIER * (best - middle))
+        clipped = np.maximum(accuracies, middle - OUTLIER * max(best - middle, accuracies.std()))
         self.mean, self.std = float(clipped.mean()), float(max(clipped.std(), 1e-6))
         targets = (clipped - self.mean) / self.std
         self._points, self._choices = features(genes), features.choices(genes)
         self._search(targets)
-        self._lower = cholesky(self._covariance_of(self._points, self._choices, noisy=True), lower=True)
+        self._lower = cholesky(self._noisy_covariance(self._points, self._choices), lower=True)
         self._alpha = cho_solve((self._lower, True), targets)
+        self._some = np.random.default_rng(0).permutation(len(targets))[:MAX_CERTAIN]
+        some = self._points[self._some], self._choices[self._some]
+        self._lower_some = cholesky(self._noisy_covariance(*some), lower=True)
 
     # ------------------------------------------------------------ hyperparameters
 
@@ -135,18 +139,30 @@ class AccuracyModel:
         self, points: FloatArray, choices: FloatArray, others: FloatArray, other_choices: FloatArray
     ) -> FloatArray:
         distances = np.sqrt(5 * _squares(points / self._lengths, others / self._lengths))
-        smooth = (1 + distances + distances**2 / 3) * np.exp(-distances)
-        linear = points @ others.T / points.shape[1]
-        return np.asarray(self._linear * linear + self._additive * (choices @ other_choices.T) + self._smooth * smooth)
+        found = np.exp(-distances)
+        found *= self._smooth + self._smooth * distances * (1 + distances / 3)
+        found += points @ (self._linear / points.shape[1] * others).T
+        found += choices @ (self._additive * other_choices).T
+        return np.asarray(found)
 
-    def _covariance_of(self, points: FloatArray, choices: FloatArray, noisy: bool) -> FloatArray:
+    def _noisy_covariance(self, points: FloatArray, choices: FloatArray) -> FloatArray:
         found = self._covariance(points, choices, points, choices)
-        return found + (self._noise + 1e-8) * np.eye(len(points)) if noisy else found
+        return np.asarray(found + (self._noise + 1e-8) * np.eye(len(points)))
 
     def predict(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
-        """Mean and standard deviation of the accuracy without noise, (num_archs,) each; equations 2.25 and 2.26."""
-        posterior = Posterior(self, genes)
-        return posterior.mean, posterior.std
+        """Mean and standard deviation of the accuracy without noise, (num_archs,) each; equations 2.25 and 2.26.
+
+        With many evaluated children the deviation is what some of them leave, which is a little more.
+        """
+        points, choices = self.features(genes), self.features.choices(genes)
+        cross = self._covariance(self._points, self._choices, points, choices)
+        explained = solve_triangular(self._lower_some, cross[self._some], lower=True)
+        variance = self._prior(points) - (explained**2).sum(axis=0)
+        return self.mean + self.std * (self._alpha @ cross), self.std * np.sqrt(np.maximum(variance, 1e-12))
+
+    def _prior(self, points: FloatArray) -> FloatArray:
+        """Variances of children before anything is evaluated, (num_archs,)."""
+        return np.asarray(self._linear * (points**2).mean(axis=1) + self._additive + self._smooth)
 
 
 class Posterior:
@@ -163,8 +179,7 @@ class Posterior:
         cross = model._covariance(model._points, model._choices, self._points, self._choices)
         self.mean = model.mean + model.std * (model._alpha @ cross)
         self._explained = solve_triangular(model._lower, cross, lower=True)
-        prior = model._linear * (self._points**2).mean(axis=1) + model._additive + model._smooth
-        self._variance = np.maximum(prior - (self._explained**2).sum(axis=0), 1e-12)
+        self._variance = np.maximum(model._prior(self._points) - (self._explained**2).sum(axis=0), 1e-12)
 
     @property
     def std(self) -> FloatArray:

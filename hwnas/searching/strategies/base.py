@@ -94,7 +94,7 @@ class Strategy(ABC):
                 break
         return found
 
-    def random(self, rng: np.random.Generator, rounds: int = 50) -> Iterator[Genes]:
+    def random(self, rng: np.random.Generator, rounds: int = 20) -> Iterator[Genes]:
         """Feasible children drawn at random, for `fill`; ends, as a small space holds no more new ones."""
         return islice(self.sampler.draws(rng), rounds)
 

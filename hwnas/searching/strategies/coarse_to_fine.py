@@ -70,8 +70,8 @@ class CoarseToFine(Strategy):
             return self.fill([self.space.encode([self.space.smallest()]), *self.random(rng)], genes, count)
         sizes = self.size(genes)
         if self.front:
-            ranks = by_rank(accuracies, sizes)
-            parent = genes[ranks[rng.integers(max(1, len(ranks) // 10))]]
+            ranks = by_rank(accuracies, sizes, max(1, len(genes) // 10))
+            parent = genes[rng.choice(ranks)]
         else:
             costly = np.flatnonzero(sizes >= sizes.max() / 2)
             parent = genes[costly[np.argmax(accuracies[costly])]]

@@ -35,8 +35,8 @@ class Evolution(Strategy):
         whole = len(history) // population * population
         if not whole:
             return self.fill(self.random(rng), genes, count)
-        ranks = by_rank(accuracies[:whole], self.size(genes[:whole]) if self.front else None)
-        parents = genes[ranks[: max(5, population // 5)]]
+        sizes = self.size(genes[:whole]) if self.front else None
+        parents = genes[by_rank(accuracies[:whole], sizes, max(5, population // 5))]
         mutants = self.fill(self._mutants(parents, rng), genes, (count + 1) // 2)
         known = np.concatenate([genes, self.space.encode(mutants)])
         children = self.fill(self._children(parents, rng), known, count - len(mutants))

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from hwnas.space import FloatArray
 
 
-def by_rank(accuracies: FloatArray, sizes: FloatArray | None) -> NDArray[np.intp]:
-    """Indices of children, best first: by accuracy, or by the Pareto front they are on if sizes are given.
+def by_rank(accuracies: FloatArray, sizes: FloatArray | None, count: int) -> NDArray[np.intp]:
+    """Indices of the best children, best first: by accuracy, or by the Pareto front they are on if sizes are given.
 
     Within a front the ones with the widest gap to their neighbours come first (NSGA-II's crowding distance, Deb et al.
     2002, III.B).
@@ -17,18 +17,19 @@ def by_rank(accuracies: FloatArray, sizes: FloatArray | None) -> NDArray[np.intp
     Args:
         accuracies: (num_archs,).
         sizes: (num_archs,), or None.
+        count: at most so many.
     """
     if sizes is None:
-        return np.argsort(-accuracies, kind="stable")
+        return np.argsort(-accuracies, kind="stable")[:count]
     left = np.lexsort((-accuracies, sizes))
     order: list[NDArray[np.intp]] = []
-    while len(left):
+    while len(left) and sum(map(len, order)) < count:
         before = np.maximum.accumulate(np.concatenate([[-np.inf], accuracies[left][:-1]]))
         best = accuracies[left] > before
         front = left[best]
         order.append(front[np.argsort(-_gaps(accuracies[front], sizes[front]), kind="stable")])
         left = left[~best]
-    return np.concatenate(order) if order else np.empty(0, dtype=np.intp)
+    return np.concatenate(order)[:count] if order else np.empty(0, dtype=np.intp)
 
 
 def _gaps(accuracies: FloatArray, sizes: FloatArray) -> FloatArray:

@@ -18,7 +18,8 @@ from hwnas.space import Architecture, FloatArray, Genes
 FIRST = 16  # evaluated before there is a model
 GENERATIONS, POPULATION, PARENTS = 12, 1500, 200
 RATES = (0.02, 0.05, 0.15)  # probabilities of a choice to be drawn anew
-BOLDNESS = 2.0  # standard deviations that the boldest guess of the first batch counts as good
+BOLDNESS = 2.0  # standard deviations that count as good in the boldest choice, while nothing is evaluated
+CYCLE = 8  # choices from the surest to the boldest one
 
 
 class Guided(Strategy):
@@ -26,9 +27,9 @@ class Guided(Strategy):
 
     First the smallest child, skeletons near the limit and random children. Then, for each batch: a Gaussian process is
     fitted to all that is known (`AccuracyModel`); an evolution on its predictions finds candidates; of these the one
-    with the best mean is taken, then ones for which uncertainty counts more and more, each time as if those before had
-    been evaluated (GP-BUCB: Desautels et al., JMLR 2014), so that a batch is diverse. Uncertainty counts less as the
-    evaluations are spent.
+    with the best mean is taken, then ones for which uncertainty counts more and more, in cycles of 8, each time as if
+    those before had been evaluated (GP-BUCB: Desautels et al., JMLR 2014), so that a batch is diverse. Uncertainty
+    counts less as the evaluations are spent.
 
     With `front`, candidates are evolved on accuracy and size, and taken by how much they would add to the hypervolume.
 
@@ -62,6 +63,8 @@ class Guided(Strategy):
         genes, accuracies = self.arrays(history)
         if len(history) < self._wanted:
             return self.fill(chain([self._first], self.random(rng)), genes, count)
+        if not len(self._first):  # nothing keeps the limits
+            return []
         model = AccuracyModel(self._features, genes, accuracies)
         boldness = BOLDNESS * max(0.0, 1 - len(history) / self.budget)
         candidates = self._evolve(model, genes, accuracies, boldness, rng)
@@ -79,7 +82,7 @@ class Guided(Strategy):
         pool = unseen(np.concatenate([best, self._skeletons, drawn[:POPULATION]]), seen)
         scores = self._scores(model, pool, boldness)
         for _ in range(GENERATIONS):
-            parents = pool[self._ranks(scores, pool)[:PARENTS]]
+            parents = pool[self._ranks(scores, pool, PARENTS)]
             a, b = parents[rng.integers(len(parents), size=(2, POPULATION))]
             a[::2] = self.space.crossover_genes(a[::2], b[::2], rng)
             children = self.space.mutate_genes(a, rng, rng.choice(RATES, size=(POPULATION, 1)))
@@ -89,10 +92,10 @@ class Guided(Strategy):
         known = {row.tobytes() for row in genes}
         new = np.array([row.tobytes() not in known for row in pool], dtype=bool)
         pool, scores = pool[new], scores[new]
-        return np.asarray(pool[self._ranks(scores, pool)[:POPULATION]])
+        return np.asarray(pool[self._ranks(scores, pool, POPULATION)])
 
-    def _ranks(self, scores: FloatArray, genes: Genes) -> NDArray[np.intp]:
-        return by_rank(scores, self.size(genes) if self.front else None)
+    def _ranks(self, scores: FloatArray, genes: Genes, count: int) -> NDArray[np.intp]:
+        return by_rank(scores, self.size(genes) if self.front else None, count)
 
     @staticmethod
     def _scores(model: AccuracyModel, genes: Genes, boldness: float) -> FloatArray:
@@ -111,8 +114,8 @@ class Guided(Strategy):
         """Which candidates to evaluate, the surest first."""
         chosen: list[int] = []
         sizes, known_sizes = self.size(candidates), self.size(genes)
-        for number in range(min(count, len(candidates))):
-            scores = posterior.mean + boldness * number / max(1, count - 1) * posterior.std
+        for number in range(len(genes), len(genes) + min(count, len(candidates))):
+            scores = posterior.mean + boldness * (number % CYCLE) / (CYCLE - 1) * posterior.std
             if self.front:
                 scores = gains(
                     scores,

@@ -16,7 +16,7 @@ from hwnas.space import Architecture, FloatArray, Genes
 if TYPE_CHECKING:
     import optuna
 
-TRIES = 32  # asked of the sampler for each child that is wanted; random children fill what is still missing
+TRIES = 16  # asked of the sampler for each child that is wanted; random children fill what is still missing
 
 
 class OptunaStrategy(Strategy):

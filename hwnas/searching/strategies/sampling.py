@@ -75,12 +75,13 @@ class FeasibleSampler:
         """Let walks go on, in place; one that has not found a feasible child yet goes where the limits are nearer."""
         masked = self.space.mask_absent(genes.copy())
         feasible, sizes = self._feasible(masked), self._size(masked)
-        free = [index for index, gene in enumerate(self.space.genes) if len(gene.choices) > 1]
+        choices = np.array([len(gene.choices) for gene in self.space.genes])
+        free = np.flatnonzero(choices > 1)
         rows = np.arange(len(genes))
         for _ in range(sweeps * len(free)):
             columns = rng.choice(free, size=len(genes))
             tried = genes.copy()
-            tried[rows, columns] = self.space.draw_genes(len(genes), rng)[rows, columns]
+            tried[rows, columns] = rng.integers(choices[columns])
             masked = self.space.mask_absent(tried.copy())
             fits, size = self._feasible(masked), self._size(masked)
             moves = fits | (~feasible & (size <= sizes))
