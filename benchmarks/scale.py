@@ -1,6 +1,6 @@
 """What sharing a study costs, and what it gains: overhead, opening, speed-up by workers; SQLite and PostgreSQL.
 
-    PYTHONPATH=. python benchmarks/scale.py --output benchmarks/results/scale.md
+    PYTHONPATH=. python benchmarks/scale.py --output benchmarks/results/scale.md     # about 10 minutes
 
 Children are of space bignas (50 genes, 45 of them present in the mean). PostgreSQL is a server of its own on this
 machine, with commits that wait for the disk; it needs Debian's postgresql, and is left out where that is missing.
@@ -258,8 +258,8 @@ def openings() -> Iterator[str]:
 
 
 def overheads() -> Iterator[str]:
-    yield f"Overhead of an evaluation, ms, over {EVALUATIONS} evaluations by one worker, two at a time; the last two columns"
-    yield "are Optuna alone, which does less:"
+    yield f"Overhead of an evaluation, ms, over {EVALUATIONS} evaluations by one worker, two at a time; the last two"
+    yield "columns are Optuna alone, which does less:"
     yield ""
     yield "| database | wall, median | wall, least | worker's processor time | `add_trial` | queue: add, ask, tell |"
     yield "|---|---|---|---|---|---|"
