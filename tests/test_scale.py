@@ -155,6 +155,12 @@ def test_another_question_under_a_name_is_refused(url):
     assert len(study(url, question=other).explore(Climb(3))) == 3  # by its question it is another study
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\x1b[2J", "x" * 513])
+def test_names_that_cannot_be_shown_are_refused(tmp_path, name):
+    with pytest.raises(InputError, match=r"study name '.*': must have 1 to 512 printable characters"):
+        Study(SPACE, f"sqlite:///{tmp_path}/hwnas.db", name, 0, evaluate=list, about=list, named=True)
+
+
 def test_the_best_so_far_is_told(url):
     told = []
     found = study(url).explore(Climb(20), lambda done, note: told.append((done, note)))

@@ -34,6 +34,7 @@ from hwnas.space import Architecture, SearchSpace
 from hwnas.store import Store, StudyChild, connect_arguments, database_url
 
 GENERATION = 8  # children proposed at a time, by whatever number of workers: so all find the same, and 8 have work
+LONGEST_NAME = 512  # of Optuna's table
 POLL_S = (0.05, 1.0)  # of children that other workers have: at first, and at most
 
 
@@ -51,6 +52,9 @@ class Study:
         notice: told what a user should know.
         named: whether workers meet by the name alone, else by name and question.
         at_once: how many children a worker claims, and gives to `evaluate`, at a time.
+
+    Raises:
+        InputError: the name is not one that can be stored and shown.
     """
 
     def __init__(
@@ -70,7 +74,9 @@ class Study:
         self._url, self._evaluate, self._about, self._notice = storage_url, evaluate, about, notice
         self._question = json.loads(json.dumps(question))  # as the database will return it
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:8]
-        self._key = name if named else f"{name} {digest}"
+        self._key = name if named else f"{name[:400]} {digest}"
+        if not (name.strip() and name.isprintable() and len(self._key) <= LONGEST_NAME):
+            raise InputError(f"study name {shorten(name, 60)!r}: must have 1 to {LONGEST_NAME} printable characters")
 
     def begin(self, known: Sequence[Scored]) -> list[Scored]:
         """Begin the study, or open it.
