@@ -12,7 +12,7 @@ import yaml
 from pydantic import ConfigDict, with_config
 
 from hwnas.config import check, read_yaml
-from hwnas.devices import Device, device_files, load_device
+from hwnas.devices import Device, device_files, device_name, load_device
 from hwnas.errors import InputError
 from hwnas.files import write_text
 from hwnas.predictors import LatencyPredictor, load_predictor
@@ -193,23 +193,24 @@ class Run:
         """Where a device's predictor is, or will be."""
         return self.path / "predictors" / f"{device}.json"
 
-    def predictor(self, device: str) -> LatencyPredictor:
-        """The latency predictor of a device: the run's own, or one from published measurements.
+    def predictor(self, device: str | Path) -> LatencyPredictor:
+        """The latency predictor of a device, given by name or file: the run's own, or one from published measurements.
 
         The latter says so in its `source`.
 
         Raises:
             InputError: there is neither, its file is damaged, or it is for another space.
         """
-        path = self.predictor_path(device)
+        name = device_name(device)
+        path = self.predictor_path(name)
         if not path.is_file():
-            known = device in device_files(self.devices)
+            known = name != str(device) or name in device_files(self.devices)
             model = published_model(load_device(device, self.devices)) if known else None
             if model is not None:
-                return model.predictor(self.space, device)
-            alike = describe(candidates(device))
+                return model.predictor(self.space, name)
+            alike = describe(candidates(name))
             raise InputError(
-                f"no latency predictor for {device!r} in {self.path}: run `hwnas profile --device {device}`"
+                f"no latency predictor for {name!r} in {self.path}: run `hwnas profile --device {device}`"
                 + (f", or take a device with published measurements: {alike}" if alike else "")
             )
         predictor = load_predictor(path)

@@ -166,6 +166,15 @@ def test_a_device_of_ones_own_that_differs_is_not_served(run, key, value):
         run.predictor("galaxy-note10")
 
 
+def test_a_file_that_has_a_catalogue_name(run, tmp_path):
+    file = tmp_path / "galaxy-note10.yaml"
+    file.write_text(yaml.safe_dump({"base": "galaxy-note10"}))
+    assert run.predictor(file).source
+    file.write_text(yaml.safe_dump({"base": "galaxy-note10", "precision": "int8"}))
+    with pytest.raises(InputError, match="no latency predictor for 'galaxy-note10'"):
+        run.predictor(file)
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
 def test_standing_in_needs_the_same_precision(run, precision):
     run.folder("devices")
@@ -242,6 +251,7 @@ def test_transfer_finds_its_sources(run, capsys):
     code, out, _ = run_cli(capsys, "fit", "--device", "cpu", "--kind", "transfer")
     assert code == 0
     assert "transfer is from galaxy-note10" in out
+    (run.path / "predictors" / "cpu.energy.json").write_bytes((run.path / "predictors" / "cpu.json").read_bytes())
     made = api.fit("galaxy-note10", kind="transfer")
     assert made.choice.endswith("transfer is from cpu, published measurements of Samsung Galaxy Note10")
 
@@ -312,6 +322,23 @@ def test_ncnn_layers_add_up(tables):
     assert len(published) == len(tables.MOBILE)
     for sample in tables.ncnn("Raspberry Pi 4", ("1",), gpu=False):
         assert sample.features[macs].sum() / 1e6 == pytest.approx(published[sample.name], rel=1e-6)
+
+
+def test_a_family_left_out_is_not_known_to_any_device(tables):
+    import published
+
+    start, samples = published.CLASSES["TensorFlow Lite, GPUs"]
+    data = {name: published.Measured.of(found) for name, found in samples().items()}
+    mean, spread = np.log(published.DEFAULT_MACHINES[start]), published.Spread(0.4, 0.3, 0.03)
+    before = published.left_out(data, mean, spread)["Pixel 3, GPU"]
+    slower = {}
+    for name, one in data.items():
+        factor = np.where(one.families == "mnasnet_hosted", 10.0, 1.0)
+        slower[name] = replace(one, latency_ms=one.latency_ms * factor)
+    changed = published.left_out(slower, mean, spread)["Pixel 3, GPU"] - before
+    family = data["Pixel 3, GPU"].families == "mnasnet_hosted"
+    assert changed[family] == pytest.approx(np.log(10))
+    assert np.abs(changed[~family]).max() > 0.1  # these were fitted beside it
 
 
 def test_the_script_makes_what_ships(tables):

@@ -15,7 +15,7 @@ import numpy as np
 from hwnas import __version__
 from hwnas.api.catalogue import open_device
 from hwnas.api.costs import layer_values, read_architecture
-from hwnas.devices import Device, device_name
+from hwnas.devices import Device
 from hwnas.devices.base import Timing
 from hwnas.errors import DeviceError, InputError
 from hwnas.measurement import Measurement, Role
@@ -99,7 +99,8 @@ def profile(
         children: how many to fit to, spread over the space, the smallest and biggest among them.
         holdout: how many fresh random ones to test the predictor on.
         space: for a run folder that holds no run yet: profile before training.
-        kind: of predictor.
+        kind: of predictor. `auto` tries `transfer` too where measurements are few: `transfer` starts from the
+            predictors of the run's other devices and from what is published of this one.
         seed: of the choice of children.
         report: told the progress.
 
@@ -224,6 +225,8 @@ def known_machines(run: Run, target: Device) -> dict[str, LatencyPredictor]:
     """
     known = {}
     for path in sorted((run.path / "predictors").glob("*.json")):
+        if path.stem.endswith(".energy"):  # predicts energy, see `hwnas.api`
+            continue
         try:
             predictor = load_predictor(path)
         except InputError:  # of another version, or damaged: only its own device needs it
@@ -342,7 +345,7 @@ def predict(
             the space.
     """
     opened = Run(run)
-    predictor = opened.predictor(device_name(device))
+    predictor = opened.predictor(device)
     children = [opened.space.check(read_architecture(arch, opened.space)) for arch in archs]
     mean, std = predictor.predict(children)
     found: list[dict[str, Any]] = [
