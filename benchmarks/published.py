@@ -499,8 +499,8 @@ def report(fitted: dict[str, FittedClass]) -> list[str]:
             random ones of Once-for-All's space, as sums of blocks that were each predicted from blocks at other places,
             whose errors partly cancel: {ofa:.1f}%. The model's std is the one of single blocks, for nobody has
             published how well the sums agree with whole networks."""),
-        prose("""- Pixel 4's tables hold five sizes of one network: no family can be left out. `typical` and `std` are the
-            worst of its class's, for five sizes of one network say little of others."""),
+        prose("""- Pixel 4's tables hold five sizes of one network: no family can be left out. `typical` and `std` are
+            the worst of its class's, for five sizes of one network say little of others."""),
         prose(f"""- What a space has and a table had not (swish, squeeze-excite) widens `typical` and `std` of its
             predictions: the logarithm of such a cost is taken to have a standard deviation of {UNMEASURED_STD}.
             Swish, where no

@@ -1,6 +1,6 @@
 """What sharing a study costs, and what it gains: overhead, opening, speed-up by workers; SQLite and PostgreSQL.
 
-    PYTHONPATH=. python benchmarks/scale.py --output benchmarks/results/scale.md
+    PYTHONPATH=. python benchmarks/scale.py --output benchmarks/results/scale.md     # about 10 minutes
 
 Children are of space bignas (50 genes, 45 of them present in the mean). PostgreSQL is a server of its own on this
 machine, with commits that wait for the disk; it needs Debian's postgresql, and is left out where that is missing.
@@ -8,8 +8,8 @@ machine, with commits that wait for the disk; it needs Debian's postgresql, and 
 - overhead: evaluations that take no time; what `Study.explore` takes by evaluation, without proposing. Beside it, the
   same children through Optuna alone, median: `add_trial` of a finished trial, and its queue: a trial added in state
   WAITING, asked and told.
-- opening: some 10,000 evaluations in the study, in the accuracy cache and as Optuna's trials; seconds until the strategy
-  is asked for the next child; beside it `Study.get_trials` of Optuna.
+- opening: some 10,000 evaluations in the study, in the accuracy cache and as Optuna's trials; seconds until the
+  strategy is asked for the next child; beside it `Study.get_trials` of Optuna.
 - speed-up: sleeping evaluations, by as many worker processes as said; from the moment that each has its first child.
 """
 
@@ -41,6 +41,7 @@ from tests.postgres import Postgres
 SPACE = SearchSpace.load("bignas")
 RECORDED, SAMPLE = 10_240, 80
 SLEEP_S, SLEEPS = 0.5, 64
+EVALUATIONS = 104
 
 
 class Fixed(Strategy):
@@ -228,27 +229,11 @@ def seconds_by(url: str, workers: int) -> float:
 # ------------------------------------------------------------ the tables
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluations", type=int, default=200, help="of the overhead")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        worker(options.worker[0], Path(options.worker[1]), int(options.worker[2]))
-        return
-    load = f"{os.getloadavg()[0]:.1f}"
-    how = (
-        f"{options.evaluations} evaluations for the overhead; the machine was shared: load average {load} at the start"
-    )
-    lines = heading("A study shared by workers", how)
-    ideal = SLEEPS * SLEEP_S
-    lines += [
-        "",
-        f"{SLEEPS} evaluations that sleep {SLEEP_S} s ({ideal:g} s together), {GENERATION} proposed at a time:",
-        "",
-    ]
-    lines += ["| database | workers | s | speed-up against one |", "|---|---|---|---|"]
+def speed_up() -> Iterator[str]:
+    yield f"{SLEEPS} evaluations that sleep {SLEEP_S} s, {GENERATION} proposed at a time:"
+    yield ""
+    yield "| database | workers | s | speed-up against one |"
+    yield "|---|---|---|---|"
     with databases() as urls:
         names = list(urls)
     for name in names:
@@ -257,37 +242,56 @@ def main() -> None:
             with databases() as fresh:
                 taken = seconds_by(fresh[name], workers)
             alone = alone or taken
-            lines.append(f"| {name} | {workers} | {taken:.1f} | {alone / taken:.2f} |")
-            print(lines[-1], flush=True)
-    save(lines, options.output)
-    lines += ["", f"Opening a study with {RECORDED:,} evaluations, s, least of 5:", ""]
-    lines += ["| database | wall | processor time of the worker | Optuna's `get_trials` |", "|---|---|---|---|"]
+            yield f"| {name} | {workers} | {taken:.1f} | {alone / taken:.2f} |"
+
+
+def openings() -> Iterator[str]:
+    yield f"Opening a study with {RECORDED:,} evaluations, s, least of 5:"
+    yield ""
+    yield "| database | wall | processor time of the worker | Optuna's `get_trials`, wall |"
+    yield "|---|---|---|---|"
     with databases() as urls:
         for name, url in urls.items():
             record(url)
             wall, cpu, theirs = opening(url)
-            lines.append(f"| {name} | {wall:.2f} | {cpu:.2f} | {theirs:.1f} |")
-            print(lines[-1], flush=True)
-    save(lines, options.output)
-    lines += [
-        "",
-        "Overhead of an evaluation, ms, over generations of 8; the last two columns are Optuna alone, which does less:",
-        "",
-        "| database | wall, median | wall, least | worker's processor time | `add_trial` | queue: add, ask, tell |",
-        "|---|---|---|---|---|---|",
-    ]
+            yield f"| {name} | {wall:.2f} | {cpu:.2f} | {theirs:.1f} |"
+
+
+def overheads() -> Iterator[str]:
+    yield f"Overhead of an evaluation, ms, over {EVALUATIONS} evaluations by one worker, two at a time; the last two"
+    yield "columns are Optuna alone, which does less:"
+    yield ""
+    yield "| database | wall, median | wall, least | worker's processor time | `add_trial` | queue: add, ask, tell |"
+    yield "|---|---|---|---|---|---|"
     with databases() as urls:
         for name, url in urls.items():
-            wall, least, cpu = overhead(url, options.evaluations)
+            wall, least, cpu = overhead(url, EVALUATIONS)
             added, queued = optuna_alone(url, 20)
-            lines.append(f"| {name} | {wall:.1f} | {least:.1f} | {cpu:.1f} | {added:.0f} | {queued:.0f} |")
-            print(lines[-1], flush=True)
-    save(lines, options.output)
+            yield f"| {name} | {wall:.1f} | {least:.1f} | {cpu:.1f} | {added:.0f} | {queued:.0f} |"
 
 
-def save(lines: Sequence[str], path: Path | None) -> None:
-    if path is not None:
-        path.write_text("\n".join(lines) + "\n")
+PARTS = {"speed-up": speed_up, "overhead": overheads, "opening": openings}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        url, folder, count = options.worker
+        worker(url, Path(folder), int(count))
+        return
+    load = os.getloadavg()[0]
+    lines = heading("A study shared by workers", f"the machine was shared: load average {load:.1f} at the start")
+    for part in options.parts:
+        for line in PARTS[part]():
+            print(line, flush=True)
+            lines.append(line)
+        lines.append("")
+        if options.output:
+            options.output.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -23,29 +23,32 @@ from environment import heading
 from numpy.typing import NDArray
 from surfaces import Surface, surfaces
 
-from hwnas.searching.strategies import Scored, make_strategy
+from hwnas.searching.strategies import Scored, Strategy, make_strategy
 from hwnas.searching.strategies.fronts import hypervolume
 
 # Evaluations each strategy gets, and so its budget.
 BUDGETS = {"guided": 100, "coarse-to-fine": 100, "evolution": 300, "nsga2": 300, "tpe": 100, "random": 1000}
 FRONT_BUDGETS = {"guided": 100, "coarse-to-fine": 100, "evolution": 300, "nsga2": 300, "random": 1000}
-FRONT_SURFACES = ("planted-bignas-0", "bottleneck-bignas-0", "bottleneck-ofa-mbv3-0", "supernet-model")
+FRONT_SURFACES = ("planted-bignas-0", "bottleneck-bignas-0", "bottleneck-ofa-mbv3-0", "supernet-model-loose")
 BATCH, OTHER_BATCHES = 8, (2, 16)
 AT = 100  # evaluations at which strategies are compared
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f")
 
 
-def digest(surface: Surface, name: str) -> str:
-    """What a result depends on beside its key: the strategy's source, and the surface."""
-    rng = np.random.default_rng(0)
-    genes = surface.space.sample_genes(50, rng)
-    strategy = make_strategy(name, surface.space, feasible=surface.feasible, size=surface.size, budget=1, rng=rng)
-    package = Path(inspect.getfile(type(strategy)))
-    sources = {package, package.with_name("sampling.py")}
-    if name == "guided":
-        sources |= {package.with_name(file) for file in ("accuracy_model.py", "coarse_to_fine.py", "fronts.py")}
-    parts = [surface.told(genes).round(6).tobytes(), repr(surface.limit).encode()]
-    return hashlib.sha256(b"".join(parts + [file.read_bytes() for file in sorted(sources)])).hexdigest()[:12]
+def identity(surface: Surface) -> str:
+    """The surface's name and what it answers, in short."""
+    told = surface.told(surface.space.sample_genes(50, np.random.default_rng(0))).round(6).tobytes()
+    return f"{surface.name} {hashlib.sha256(told + repr(surface.limit).encode()).hexdigest()[:8]}"
+
+
+def source(name: str) -> str:
+    """A strategy's name and source, in short."""
+    files = {"guided": ("guided", "accuracy_model", "fronts", "coarse_to_fine"), "nsga2": ("optuna_samplers",)}
+    files |= {"tpe": files["nsga2"]}
+    modules = (*files.get(name, (name.replace("-", "_"),)), "sampling")
+    folder = Path(inspect.getfile(Strategy)).parent
+    content = b"".join((folder / f"{module}.py").read_bytes() for module in modules)
+    return f"{name} {hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def one(surface: Surface, name: str, seed: int, budget: int, batch: int, front: bool) -> dict[str, Any]:
@@ -90,26 +93,26 @@ class Results:
     def __call__(
         self, surface: Surface, name: str, seed: int, budget: int, batch: int = BATCH, *, front: bool = False
     ) -> dict[str, Any]:
-        key = f"{surface.name} {name} {seed} {budget} {batch} {front} {digest(surface, name)}"
+        key = f"{identity(surface)} {source(name)} budget {budget} batch {batch} front {front} seed {seed}"
         if key not in self._known:
-            self._known[key] = one(surface, name, seed, budget, batch, front)
-            with self._file.open("a") as file:
-                file.write(json.dumps([key, self._known[key]]) + "\n")
-            print(key, f"{self._known[key]['seconds']:.2f} s", file=sys.stderr, flush=True)
+            self._add(key, one(surface, name, seed, budget, batch, front))
         return self._known[key]
 
     def best(self, surface: Surface) -> float:
         """The optimum if it is known; else the best that was ever found, by any search or by `Surface.best`."""
         if surface.optimum is not None:
             return surface.optimum
-        key = f"{surface.name} best {digest(surface, 'random')}"
+        which = identity(surface)
+        key = f"best of {which}"
         if key not in self._known:
-            self._known[key] = surface.best
-            with self._file.open("a") as file:
-                file.write(json.dumps([key, surface.best]) + "\n")
-        runs = [run for name, run in self._known.items() if name.startswith(f"{surface.name} ") and name != key]
-        found = [max(run["value"]) for run in runs]
-        return max([self._known[key], *found])
+            self._add(key, {"value": [surface.best]})
+        return max(max(run["value"]) for name, run in self._known.items() if which in name)
+
+    def _add(self, key: str, result: dict[str, Any]) -> None:
+        self._known[key] = result
+        with self._file.open("a") as file:
+            file.write(json.dumps([key, result]) + "\n")
+        print(key, file=sys.stderr, flush=True)
 
 
 def regret(surface: Surface, best: float, result: dict[str, Any]) -> NDArray[np.float64]:
@@ -139,10 +142,12 @@ def stacked(results: list[NDArray[np.float64]], length: int) -> NDArray[np.float
     return np.stack([np.concatenate([r, np.full(length - len(r), r[-1])]) for r in results])
 
 
-def curves_of(results: Results, surface: Surface, seeds: int) -> dict[str, NDArray[np.float64]]:
+def curves_of(results: Results, surface: Surface, seeds: dict[str, int]) -> dict[str, NDArray[np.float64]]:
     best = results.best(surface)
     return {
-        name: stacked([regret(surface, best, results(surface, name, seed, budget)) for seed in range(seeds)], budget)
+        name: stacked(
+            [regret(surface, best, results(surface, name, seed, budget)) for seed in range(seeds[name])], budget
+        )
         for name, budget in BUDGETS.items()
     }
 
@@ -242,17 +247,21 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="finished run of examples/demo.py")
     parser.add_argument("--cache", type=Path, required=True, help="folder for what is done")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--few", type=int, default=3, help="seeds of what takes long: tpe, fronts, other batches")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     results, tried = Results(arguments.cache), surfaces(arguments.run)
+    few = arguments.few
+    seeds = {name: few if name == "tpe" else arguments.seeds for name in BUDGETS}
     for seed in range(arguments.seeds):  # all surfaces with one seed before the next: what there is, is balanced
         for surface in tried:
             for name, budget in BUDGETS.items():
-                results(surface, name, seed, budget)
-    found = {surface.name: curves_of(results, surface, arguments.seeds) for surface in tried}
-    fronts = {s.name: fronts_of(results, s, arguments.seeds) for s in tried if s.name in FRONT_SURFACES}
+                if seed < seeds[name]:
+                    results(surface, name, seed, budget)
+    found = {surface.name: curves_of(results, surface, seeds) for surface in tried}
+    fronts = {s.name: fronts_of(results, s, few) for s in tried if s.name in FRONT_SURFACES}
     lines = [
-        *heading("Search strategies", f"{arguments.seeds} seeds, {BATCH} children at a time"),
+        *heading("Search strategies", f"{arguments.seeds} seeds ({few} of tpe), {BATCH} children at a time"),
         "Accuracy points from the optimum of the child that would be the answer, mean over the seeds and its standard",
         "error; `needs`: evaluations after which the mean is what guided's is at 100.",
         "",
@@ -260,11 +269,11 @@ def main() -> None:
         "",
         *verdict(found),
         "",
-        "Guided at 100 evaluations, by how many children it proposes at a time:",
+        f"Guided at {AT} evaluations, by how many children it proposes at a time ({few} seeds):",
         "",
-        *table_of_batches(results, tried[:5:2], min(5, arguments.seeds)),
+        *table_of_batches(results, tried[:5:4], few),
         "",
-        "Pareto fronts (`front=True`): hypervolume, percent of that of all children found by any of these searches:",
+        f"Pareto fronts (`front=True`, {few} seeds): hypervolume, percent of that of all children found here:",
         "",
         "| surface | " + " | ".join(f"{name} at {budget}" for name, budget in FRONT_BUDGETS.items()) + " |",
         "|---" * (len(FRONT_BUDGETS) + 1) + "|",

@@ -252,8 +252,8 @@ def evaluated(run: Run, num_others: int) -> tuple[Genes, Floats]:
     return run.space.encode(known), np.array(list(known.values()))
 
 
-def supernet(folder: str, share: float) -> list[Surface]:
-    """Two surfaces of a run of `examples/demo.py`: a corner with every child evaluated, and a model of the whole.
+def supernet(folder: str) -> list[Surface]:
+    """Surfaces of a run of `examples/demo.py`: a corner with every child evaluated, and a model of the whole, twice.
 
     The corner's answers are evaluations. The model is a tree ensemble on the evaluations of the corner and of at least
     500 other children, as NAS-Bench-301's (Zela et al., ICLR 2022).
@@ -281,12 +281,12 @@ def supernet(folder: str, share: float) -> list[Surface]:
         0.001,
     )
     surfaces = []
-    for surface in (cornered, whole):
+    for surface, share in ((cornered, 0.6), (whole, 0.6), (replace(whole, name="supernet-model-loose"), 0.85)):
         small, big = surface.macs(surface.space.encode([surface.space.smallest(), surface.space.largest()]))[:, 0]
         surface = replace(surface, limit=float(small * (big / small) ** share))
         surfaces.append(surface)
     fits = cornered.value(inside[surfaces[0].feasible(inside)])
-    return [replace(surfaces[0], optimum=float(fits.max())), surfaces[1]]
+    return [replace(surfaces[0], optimum=float(fits.max())), *surfaces[1:]]
 
 
 def synthetic() -> list[Surface]:
@@ -304,4 +304,4 @@ def synthetic() -> list[Surface]:
 
 def surfaces(run: Path | None) -> list[Surface]:
     """All of them; without a trained run, the synthetic ones."""
-    return [*synthetic(), *(supernet(str(run), 0.6) if run else [])]
+    return [*synthetic(), *(supernet(str(run)) if run else [])]

@@ -121,6 +121,14 @@ def test_an_answer_for_each_device_and_the_fewest_for_all(run):
     assert re.search(r"typical error \d+\.\d%.*away\.invalid.*hwnas devices check away", text)
 
 
+def test_the_loosest_limit_is_searched_first(run):
+    """It gets the evaluations; the answers come in the order they were asked for."""
+    questions = [hwnas.MacsLimit(macs(run, share)) for share in (0.2, 0.8)]
+    portfolio = hwnas.search_all(questions, run, evaluations=10, baseline=False)
+    assert list(portfolio.results) == [result_name([limit]) for limit in questions]
+    assert [result.num_evaluations for result in portfolio.results.values()] == [2, 10]
+
+
 def test_one_limit_that_cannot_be_kept_ends_all_before_they_begin(run):
     questions = [hwnas.LatencyLimit("quick", 50), hwnas.LatencyLimit("away", 1e-6)]
     with pytest.raises(LimitError, match=r"1e-06 ms on away with 95% confidence: the least possible is 0\.0"):

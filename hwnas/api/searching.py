@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from hwnas import __version__
 from hwnas.api.catalogue import open_device
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 # Of the evaluations of the first question, for each further one: it starts from what is known by then
 # (benchmarks/results/many_devices.md).
 FURTHER = 0.2
+DRAWS = 4096  # random children, to tell which limits are loose
 
 
 def search(
@@ -129,15 +132,16 @@ def search_all(
         portfolio = hwnas.search_all([hwnas.LatencyLimit("pixel", 20), hwnas.LatencyLimit("jetson", 5)], "run")
         portfolio.results["pixel-20ms"].best, portfolio.child_for("jetson-5ms")
 
-    Accuracies are shared: every question after the first starts from the children that are known by then, and gets a
-    fifth of the evaluations. Saved is a result for each, and `results/portfolio-<names>.json`.
+    Accuracies are shared: the question with the loosest limits is searched first; every further one starts from the
+    children that are known by then, and gets a fifth of the evaluations. Saved is a result for each, and
+    `results/portfolio-<names>.json`.
 
     Args:
         questions: for each the limits that its child has to keep.
         run: see `search`, as for all that is not here.
         tolerance: accuracy that an answer of the portfolio may lose against the best child for its question.
         strategy: of all searches.
-        evaluations: for the first question; a fifth of it for each further one.
+        evaluations: for the question with the loosest limits; a fifth of it for each further one.
         confidence: of all searches.
         baseline: whether to run random search beside each, with as many evaluations.
         fronts: for each question its `front`; none by default.
@@ -175,16 +179,17 @@ def search_all(
         }
         for searcher in searchers.values():
             searcher.explored.check()  # before the first evaluation is spent
-        results = {}
         budgets = [evaluations] + [math.ceil(FURTHER * evaluations)] * (len(names) - 1)
-        for number, (name, searcher) in enumerate(searchers.items()):
-            results[name] = session.answer(
-                searcher,
+        found = {}
+        for number, name in enumerate(_loosest_first(searchers)):
+            found[name] = session.answer(
+                searchers[name],
                 name,
                 budgets[number],
                 baseline=baseline,
                 report=_part_of(report, sum(budgets[:number]) / sum(budgets), budgets[number] / sum(budgets), name),
             )
+        results = {name: found[name] for name in names}
         members, exact = choose_members(searchers, results, tolerance)
     made = Portfolio(results=results, members=tuple(members), tolerance=tolerance, exact=exact)
     write_text(session.run.result_path(_portfolio_name(names)), json.dumps(made.to_dict(), indent=2) + "\n")
@@ -285,6 +290,19 @@ class _Session:
             return device, device.versions(), ""
         except DeviceGoneError as error:
             return device, {}, str(error)
+
+
+def _loosest_first(searchers: Mapping[str, Searcher]) -> list[str]:
+    """The questions' names, those first that the most children of the space keep the limits of.
+
+    What is known of a tight limit's children does not help with a loose one (benchmarks/results/many_devices.md).
+    """
+
+    def share(name: str) -> float:
+        searcher = searchers[name]
+        return float(searcher.explored.feasible(searcher.space.sample_genes(DRAWS, np.random.default_rng(0))).mean())
+
+    return sorted(searchers, key=lambda name: -share(name))
 
 
 def _part_of(report: Report, start: float, share: float, name: str) -> Report:
