@@ -5,8 +5,9 @@
 The published tables (`latency_tables.py`) stand for devices: of their 5,000 networks 500 are held out, and the others
 can be measured. `random` takes them as they come; `spread` as `choose_children` does, evenly over sizes and choices;
 `active` begins as `spread` does with 10, then takes what tells most of all the others (`most_telling`, from a random
-1,024 of the table), in batches that end at the sizes shown. The predictor is kind gp throughout. What is done is kept
-in the cache: an interrupted run continues.
+1,024 of the table), in batches that end at the sizes shown. The predictor is kind gp throughout.
+
+What is done is kept in the cache: an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def run(arguments: argparse.Namespace) -> dict[Key, dict[str, dict[str, float]]]
 def write(results: dict[Key, dict[str, dict[str, float]]], arguments: argparse.Namespace, seconds: float) -> str:
     lines = heading(
         "Which networks to measure: error over the number of measurements",
-        f"{arguments.seeds} seeds, {HELD_OUT} networks held out each, predictor kind gp; 1 process, {seconds:.0f} s in "
+        f"{arguments.seeds} {'seed' if arguments.seeds == 1 else 'seeds'}, {HELD_OUT} networks held out each, predictor kind gp; 1 process, {seconds:.0f} s in "
         "this run (the rest from its cache)",
     )
     lines += [*(__doc__ or "").split("\n\n")[2].splitlines(), ""]
