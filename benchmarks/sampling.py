@@ -123,9 +123,10 @@ def run(arguments: argparse.Namespace) -> dict[Key, dict[str, dict[str, float]]]
 
 
 def write(results: dict[Key, dict[str, dict[str, float]]], arguments: argparse.Namespace, seconds: float) -> str:
+    counted = "1 seed" if arguments.seeds == 1 else f"{arguments.seeds} seeds"
     lines = heading(
         "Which networks to measure: error over the number of measurements",
-        f"{arguments.seeds} {'seed' if arguments.seeds == 1 else 'seeds'}, {HELD_OUT} networks held out each, predictor kind gp; 1 process, {seconds:.0f} s in "
+        f"{counted}, {HELD_OUT} networks held out each, predictor kind gp; 1 process, {seconds:.0f} s in "
         "this run (the rest from its cache)",
     )
     lines += [*(__doc__ or "").split("\n\n")[2].splitlines(), ""]
