@@ -273,6 +273,9 @@ def test_a_device_that_cannot_be_reached(capsys, run, tmp_path):
     manifest = document(capsys, "verify", tmp_path / "bundle")["manifest"]
     assert manifest["latency"]["measured_ms"] is None
     assert manifest["latency"]["predicted_ms"] > 0
+    (run / "predictors" / "quick.json").unlink()
+    found = document(capsys, *words)  # what the search said
+    assert found["latency"]["predicted_ms"] == pytest.approx(manifest["latency"]["predicted_ms"], rel=0.5)
     assert hwnas(capsys, *words, "--device", "quick")[0] == 4
 
 

@@ -347,13 +347,36 @@ class _Job:
 
     def _latency(self, device: Device, file: Path, *, must: bool) -> Latency | None:
         try:
-            return _measure_file(self._run, self._arch, device, file)
+            return _measure_file(self._run, self._arch, device, file, self._predicted(device))
         except DeviceError as error:
             if must:
                 raise
             self._notice(f"the file is not measured: {error}")
-            known = _predict(self._run, self._arch, device)
+            known = self._predicted(device)
             return None if known.predicted_ms is None else known
+
+    def _predicted(self, device: Device) -> Latency:
+        """What is known of the latency without reaching the device: by the run's predictor, else by the search."""
+        from hwnas.bundles.manifest import Latency
+
+        run, arch = self._run, self._arch
+        found = None if self._result is None else self._result.best.latency.get(device.name)
+        predicted = None if found is None else (found.predicted, found.std)
+        if arch.resolution in run.space.resolution and run.predictor_path(device.name).is_file():
+            mean, std = run.predictor(device.name).predict([arch])
+            predicted = float(mean[0]), float(std[0])
+        return Latency(
+            device=device.name,
+            runtime=device.runtime,
+            versions={},
+            precision=device.precision,
+            timing=asdict(device.timing),
+            measured_ms=None,
+            relative_iqr=None,
+            rejection=None,
+            predicted_ms=predicted and predicted[0],
+            std_ms=predicted and predicted[1],
+        )
 
     def _compare(self, latency: Latency, limits: Sequence[dict[str, Any]]) -> None:
         """Say where the file itself is over a limit of the search."""
@@ -388,8 +411,8 @@ def _check_taken(device: Device, exporters: Sequence[Exporter]) -> None:
     )
 
 
-def _measure_file(run: Run, arch: Architecture, device: Device, file: Path) -> Latency:
-    """A child's own file measured on a device, for its manifest.
+def _measure_file(run: Run, arch: Architecture, device: Device, file: Path, predicted: Latency) -> Latency:
+    """A child's own file measured on a device, for its manifest, beside what was predicted.
 
     Raises:
         DeviceError: it cannot be.
@@ -399,33 +422,11 @@ def _measure_file(run: Run, arch: Architecture, device: Device, file: Path) -> L
     if measured.error is not None:
         raise DeviceError(f"the file could not be measured on {measured.device}: {measured.error}")
     return replace(
-        _predict(run, arch, device),
+        predicted,
         versions=dict(measured.versions),
         measured_ms=measured.latency_ms,
         relative_iqr=measured.relative_iqr,
         rejection=measured.rejection,
-    )
-
-
-def _predict(run: Run, arch: Architecture, device: Device) -> Latency:
-    """What is known of a child's latency without reaching the device."""
-    from hwnas.bundles.manifest import Latency
-
-    predicted: tuple[float, float] | None = None
-    if arch.resolution in run.space.resolution and run.predictor_path(device.name).is_file():
-        mean, std = run.predictor(device.name).predict([arch])
-        predicted = float(mean[0]), float(std[0])
-    return Latency(
-        device=device.name,
-        runtime=device.runtime,
-        versions={},
-        precision=device.precision,
-        timing=asdict(device.timing),
-        measured_ms=None,
-        relative_iqr=None,
-        rejection=None,
-        predicted_ms=predicted and predicted[0],
-        std_ms=predicted and predicted[1],
     )
 
 

@@ -27,7 +27,7 @@ RUN_CC = """\
 //   g++ -O2 run.cc -o run $(pkg-config --cflags --libs ncnn) && ./run pixels.raw
 // pixels.raw: {size} x {size} x {channels} bytes, {order} by pixel: the image after every resize of manifest.json, as
 // the function `pixels` of run.py gives it. ncnn's own resizing has no antialiasing.
-#include <ncnn/net.h>
+#include "net.h"
 
 #include <cstdio>
 #include <vector>
