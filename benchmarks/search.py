@@ -32,7 +32,7 @@ FRONT_BUDGETS = {"guided": 100, "coarse-to-fine": 100, "evolution": 300, "nsga2"
 FRONT_SURFACES = ("planted-bignas-0", "bottleneck-bignas-0", "bottleneck-ofa-mbv3-0", "supernet-model-loose")
 BATCH, OTHER_BATCHES = 8, (2, 16)
 AT = 100  # evaluations at which strategies are compared
-COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f")
+COLORS = dict(zip(BUDGETS, ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#7f7f7f"), strict=True))
 
 
 def identity(surface: Surface) -> str:
@@ -152,6 +152,12 @@ def curves_of(results: Results, surface: Surface, seeds: dict[str, int]) -> dict
     }
 
 
+def with_error(values: NDArray[np.float64]) -> str:
+    """The mean, and its standard error where there are several seeds."""
+    error = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{error}"
+
+
 def table_of_regrets(found: dict[str, dict[str, NDArray[np.float64]]]) -> list[str]:
     lines = [
         "| surface | " + " | ".join(f"{name} at {min(AT, budget)}" for name, budget in BUDGETS.items())
@@ -160,7 +166,7 @@ def table_of_regrets(found: dict[str, dict[str, NDArray[np.float64]]]) -> list[s
     ]  # fmt: skip
     for surface, curves in found.items():
         goal = curves["guided"][:, AT - 1].mean()
-        cells = [f"{c[:, AT - 1].mean():.3f} ± {c[:, AT - 1].std() / np.sqrt(len(c)):.3f}" for c in curves.values()]
+        cells = [with_error(curve[:, AT - 1]) for curve in curves.values()]
         ends = [f"{curves['random'][:, -1].mean():.3f}", f"{curves['nsga2'][:, -1].mean():.3f}"]
         needs = [reaches(curves["random"], goal), reaches(curves["nsga2"], goal)]
         lines.append("| " + " | ".join([surface, *cells, *ends, *needs]) + " |")
@@ -222,12 +228,12 @@ def plot(panels: dict[str, dict[str, NDArray[np.float64]]], path: Path, ylabel: 
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        for (name, found), color in zip(curves.items(), COLORS, strict=False):
+        for name, found in curves.items():
             x = np.arange(1, found.shape[1] + 1)
             shown = np.maximum(found, 0.003) if log else found
             low, high = np.quantile(shown, [0.1, 0.9], axis=0)
-            axis.plot(x, shown.mean(axis=0), color=color, label=name, linewidth=1.8)
-            axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            axis.plot(x, shown.mean(axis=0), color=COLORS[name], label=name, linewidth=1.8)
+            axis.fill_between(x, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
         axis.set(title=title, xscale="log", xlim=(8, 1000))
         if log:
             axis.set_yscale("log")
@@ -263,7 +269,8 @@ def main() -> None:
     lines = [
         *heading("Search strategies", f"{arguments.seeds} seeds ({few} of tpe), {BATCH} children at a time"),
         "Accuracy points from the optimum of the child that would be the answer, mean over the seeds and its standard",
-        "error; `needs`: evaluations after which the mean is what guided's is at 100.",
+        "error; `needs`: evaluations after which the mean is what guided's is at 100. A search is told accuracies with",
+        "noise (0.1 points, none on supernet-corner) and answers with the best it was told: more can make that worse.",
         "",
         *table_of_regrets(found),
         "",
