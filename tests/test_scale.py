@@ -140,11 +140,11 @@ def test_what_an_interruption_left_behind_is_done_once(url, alone, moment, monke
 
 
 def test_children_known_before_are_those_of_the_first_worker(url):
-    known = [Scored(SPACE.largest(), 2.0)]
-    found = study(url).explore(Climb(8), known=known)
-    assert study(url).explore(Climb(8), known=[]) == found
-    assert found[0].arch == Climb(8).propose(known, 8)[0]
-    assert known[0] not in found
+    known = [Scored(SPACE.largest(), 0.9)]
+    assert study(url).begin(known) == known
+    study(url).explore(Climb(8))
+    assert study(url).begin([]) == known
+    assert study(url).begin([Scored(SPACE.smallest(), 0.1)]) == known
 
 
 def test_another_question_under_a_name_is_refused(url):

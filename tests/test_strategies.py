@@ -1,9 +1,10 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from hwnas.errors import InputError
 from hwnas.layers import LayerSums
-from hwnas.searching.limits import MacsLimit
 from hwnas.searching.strategies import Scored, Strategy, make_strategy, strategy_names
 from hwnas.searching.strategies.accuracy_model import AccuracyModel, Features, Posterior
 from hwnas.searching.strategies.fronts import by_rank, gains, hypervolume
@@ -31,7 +32,9 @@ def accuracy(arch: Architecture) -> float:
     return float(accuracies(SPACE.encode([arch]))[0])
 
 
-def make(name: str, budget: int, seed: int = 0, limit: float = LIMIT, front: bool = False) -> Strategy:
+def make(
+    name: str, budget: int, seed: int = 0, limit: float = LIMIT, front: bool = False, known: Sequence[Scored] = ()
+) -> Strategy:
     return make_strategy(
         name,
         SPACE,
@@ -40,17 +43,18 @@ def make(name: str, budget: int, seed: int = 0, limit: float = LIMIT, front: boo
         budget=budget,
         rng=np.random.default_rng(seed),
         front=front,
+        known=known,
     )
 
 
-def search(strategy: Strategy, known: tuple[Scored, ...] = (), batch: int = 8) -> list[Scored]:
-    history = list(known)
-    while len(history) < strategy.budget + len(known):
-        archs = strategy.propose(history, min(batch, strategy.budget + len(known) - len(history)))
+def search(strategy: Strategy, batch: int = 8) -> list[Scored]:
+    history: list[Scored] = []
+    while len(history) < strategy.budget:
+        archs = strategy.propose(history, min(batch, strategy.budget - len(history)))
         if not archs:
             break
         history += [Scored(arch, accuracy(arch)) for arch in archs]
-    return history[len(known) :]
+    return history
 
 
 def best(name: str, budget: int) -> float:
@@ -88,7 +92,7 @@ def test_knows_what_other_searches_evaluated(name):
     """Known children, some of them beyond the limit, are not proposed again, and more of them than the budget do."""
     rng = np.random.default_rng(5)
     known = tuple(Scored(arch, accuracy(arch)) for arch in map(SPACE.decode, SPACE.sample_genes(60, rng)))
-    found = [scored.arch for scored in search(make(name, 16), known)]
+    found = [scored.arch for scored in search(make(name, 16, known=known))]
     assert len(set(found)) == 16
     assert not set(found) & {scored.arch for scored in known}
     assert (size(SPACE.encode(found)) <= 1).all()
@@ -125,7 +129,7 @@ def test_known_children_make_guided_faster():
     """A second device: 8 evaluations beside the 40 for the first one find what takes 40 without those."""
     known = tuple(search(make("guided", 40, limit=1.2 * LIMIT)))
     without = search(make("guided", 40, seed=3))
-    few = search(make("guided", 8, seed=3), known)
+    few = search(make("guided", 8, seed=3, known=known))
     kept = [scored for scored in (*known, *few) if size(SPACE.encode([scored.arch]))[0] <= 1]
     assert max(s.accuracy for s in kept) >= max(s.accuracy for s in without) - 0.001
 
@@ -296,10 +300,10 @@ def test_equal_accuracies_are_no_trouble():
     assert len({scored.arch for scored in history}) == 32
 
 
-def test_macs_limit():
-    limit = MacsLimit(SPACE, 1e6)
-    genes = SPACE.sample_genes(50, np.random.default_rng(0))
-    assert np.array_equal(limit.feasible(genes), size(genes) <= 1)
-    assert limit.describe() == "1M MACs"
-    with pytest.raises(InputError, match="MACs limit nan: must be a number over 0"):
-        MacsLimit(SPACE, float("nan"))
+def test_guided_learns_from_children_beyond_the_limits():
+    rng = np.random.default_rng(1)
+    genes = SPACE.sample_genes(200, rng)
+    within, beyond = genes[size(genes) <= 1][:20], genes[size(genes) > 1][:40]
+    known = [Scored(SPACE.decode(row), float(rng.uniform())) for row in within]
+    more = [*known, *(Scored(SPACE.decode(row), float(rng.uniform())) for row in beyond)]
+    assert make("guided", 8, known=known).propose([], 8) != make("guided", 8, known=more).propose([], 8)

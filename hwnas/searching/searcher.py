@@ -141,9 +141,11 @@ class Searcher:
         total = num_evaluations * (2 if baseline else 1)
         # Children are chosen before any finalist is measured, so that both strategies see the same limits.
         study = self._study(self.strategy, num_evaluations)
-        known = study.begin(self._known())
+        before = study.begin(self._known())
+        keeps = self.explored.feasible(self._encode([scored.arch for scored in before]))
+        known = [scored for scored, kept in zip(before, keeps, strict=True) if kept]
         found = self._explore(
-            study, self.strategy, num_evaluations, known, lambda done, note: report(done, total, note)
+            study, self.strategy, num_evaluations, before, lambda done, note: report(done, total, note)
         )
         drawn: list[Scored] = []
         if baseline:
@@ -154,7 +156,7 @@ class Searcher:
         explored = {self.strategy: found} | ({"random": drawn} if drawn else {})
         hypervolume = {name: self._hypervolume(scored) for name, scored in explored.items()}
         question = self._question(self.strategy, num_evaluations) | {
-            "known": hashlib.sha256("".join(scored.arch.id for scored in known).encode()).hexdigest()[:12],
+            "known": hashlib.sha256("".join(scored.arch.id for scored in before).encode()).hexdigest()[:12],
             "baseline": baseline,
         }
         self.pool = [*found, *known]
@@ -187,18 +189,21 @@ class Searcher:
         )
 
     def _known(self) -> list[Scored]:
-        """Known children that are predicted to keep the limits, in order of their ids.
+        """Known children, in order of their ids: what a strategy starts from, and learns from.
 
-        Of more than `KNOWN`: the front, the most accurate, and as many others, to whom chance gave the first ids.
+        Of more than `KNOWN`: of those that keep the limits the front, the most accurate, and as many others, to whom
+        chance gave the first ids; then those beyond the limits, the nearest first.
         """
         found = sorted(self.known(), key=lambda scored: scored.arch.id)
-        keeps = self.explored.feasible(self._encode([scored.arch for scored in found]))
-        found = [scored for scored, kept in zip(found, keeps, strict=True) if kept]
-        accuracies = np.array([scored.accuracy for scored in found])
-        costs = self._cost(*self._axis, measured=False).expected(self._encode([scored.arch for scored in found]))
+        genes = self._encode([scored.arch for scored in found])
+        keeps = self.explored.feasible(genes)
+        kept, beyond = np.flatnonzero(keeps), np.flatnonzero(~keeps)
+        accuracies = np.array([scored.accuracy for scored in found])[kept]
+        front = pareto(self._cost(*self._axis, measured=False).expected(genes[kept]), accuracies)
         best = np.argsort(-accuracies, kind="stable")[: KNOWN // 2]
-        chosen = dict.fromkeys([*pareto(costs, accuracies).tolist(), *best.tolist(), *range(len(found))])
-        return [found[index] for index in sorted(list(chosen)[:KNOWN])]
+        nearest = beyond[np.argsort(self.explored.share(genes[beyond]), kind="stable")]
+        order = dict.fromkeys(np.concatenate([kept[front], kept[best], kept, nearest]).tolist())
+        return [found[index] for index in sorted(list(order)[:KNOWN])]
 
     # ------------------------------------------------------------ exploring
 
@@ -257,8 +262,9 @@ class Searcher:
             budget=budget,
             rng=np.random.default_rng([self.seed, int(strategy == "random")]),
             front=self.whole_front,
+            known=known,
         )
-        return study.explore(proposer, lambda done, note: report(done, f"{strategy}: {note}"), known=known)
+        return study.explore(proposer, lambda done, note: report(done, f"{strategy}: {note}"))
 
     def _size(self, genes: Genes) -> NDArray[np.float64]:
         """The share of the limits that children are expected to use; of a front, of what it ranges over."""

@@ -82,7 +82,7 @@ class Study:
         """Begin the study, or open it.
 
         Args:
-            known: children that were evaluated before this study, for the strategy to see at the start of the history.
+            known: children that were evaluated before this study, for its strategy to know.
 
         Returns:
             Those that the first worker gave: they hold for all, and for a search that goes on.
@@ -93,20 +93,12 @@ class Study:
         with Store(self._url) as store:
             return self._join(store, known)
 
-    def explore(
-        self,
-        strategy: Strategy,
-        report: Callable[[int, str], None] = lambda done, note: None,
-        *,
-        known: Sequence[Scored] = (),
-    ) -> list[Scored]:
+    def explore(self, strategy: Strategy, report: Callable[[int, str], None] = lambda done, note: None) -> list[Scored]:
         """Evaluate what a strategy proposes until its budget is spent.
 
         Args:
             strategy: the same in every worker.
             report: told how many are evaluated, and the best.
-            known: children that were evaluated before this study, for the strategy to see at the start of the history;
-                those of the first worker hold for all.
 
         Returns:
             What this study evaluated, in the order proposed: the same in every worker.
@@ -115,13 +107,13 @@ class Study:
             InputError: the study of this name is about another question, or the database cannot be used.
         """
         with Store(self._url) as store, self._trials(store) as trials:
-            known = self._join(store, known)
+            self._join(store, ())
             history: list[Scored] = []
             pause_s, longest_s = POLL_S
             while len(history) < strategy.budget:
                 children = store.children(self._key, first=len(history))
                 if not children:
-                    archs = strategy.propose([*known, *history], min(GENERATION, strategy.budget - len(history)))
+                    archs = strategy.propose(history, min(GENERATION, strategy.budget - len(history)))
                     if not archs:
                         self._notice(f"{self.name}: no further child keeps the limit after {len(history)} evaluations")
                         break

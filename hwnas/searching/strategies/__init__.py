@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 import numpy as np
@@ -40,6 +41,7 @@ def make_strategy(
     budget: int,
     rng: np.random.Generator,
     front: bool = False,
+    known: Sequence[Scored] = (),
 ) -> Strategy:
     """A strategy by its name; see `Strategy` for the arguments.
 
@@ -53,4 +55,4 @@ def make_strategy(
         raise InputError(f"unknown strategy {name!r}: not one of {', '.join(_STRATEGIES)}")
     module, kind = _STRATEGIES[name]
     found: type[Strategy] = getattr(import_module(f"hwnas.searching.strategies.{module}"), kind)
-    return found(space, feasible=feasible, size=size, budget=budget, rng=rng, front=front)
+    return found(space, feasible=feasible, size=size, budget=budget, rng=rng, front=front, known=known)

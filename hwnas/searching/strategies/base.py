@@ -29,10 +29,10 @@ class Scored:
 class Strategy(ABC):
     """Proposes feasible children, a few at a time.
 
-    `propose` is called with all that is known, in order: first children that were evaluated for another search, if
-    any, then what this strategy proposed. It is called until the evaluations are spent or it returns none. What it
-    returns keeps the limits, is not in the history, and is a function of the history and of `rng` as it was given:
-    so an interrupted search goes on where it was, and a second worker finds the same.
+    `propose` is called with the history, all that this strategy proposed, in order, until the evaluations are spent or
+    it returns none. What it returns keeps the limits, is neither known nor in the history, and is a function of the
+    history and of what the strategy was made with: so an interrupted search goes on where it was, and a second worker
+    finds the same.
 
     Args:
         space: the search space.
@@ -41,6 +41,8 @@ class Strategy(ABC):
         budget: evaluations there will be, beside those known before.
         rng: source of chance; one number is drawn from it.
         front: look for the best children of every size instead of the best one.
+        known: children that were evaluated for other searches: those that keep the limits are what it starts from, the
+            others it may learn from.
     """
 
     def __init__(
@@ -52,11 +54,15 @@ class Strategy(ABC):
         budget: int,
         rng: np.random.Generator,
         front: bool = False,
+        known: Sequence[Scored] = (),
     ) -> None:
         self.space, self.feasible, self.size, self.budget, self.front = space, feasible, size, budget, front
         self.seed = int(rng.integers(2**31))
         self.sampler = FeasibleSampler(space, feasible, size)
         self._rows: dict[Architecture, Genes] = {}
+        genes, accuracies = self._arrays(known)
+        keeps = feasible(genes) if len(genes) else np.empty(0, dtype=bool)
+        self.known, self.beyond = (genes[keeps], accuracies[keeps]), (genes[~keeps], accuracies[~keeps])
 
     @abstractmethod
     def propose(self, history: Sequence[Scored], count: int) -> list[Architecture]:
@@ -69,7 +75,15 @@ class Strategy(ABC):
         return np.random.default_rng([self.seed, len(history)])
 
     def arrays(self, history: Sequence[Scored]) -> tuple[Genes, FloatArray]:
-        """Genes (num_scored, num_genes) and accuracies (num_scored,) of a history."""
+        """All evaluated children that keep the limits: those known before, then the history.
+
+        Returns:
+            Genes (num_scored, num_genes) and accuracies (num_scored,).
+        """
+        genes, accuracies = self._arrays(history)
+        return np.concatenate([self.known[0], genes]), np.concatenate([self.known[1], accuracies])
+
+    def _arrays(self, history: Sequence[Scored]) -> tuple[Genes, FloatArray]:
         for scored in history:
             if scored.arch not in self._rows:
                 self._rows[scored.arch] = self.space.encode([scored.arch])[0]

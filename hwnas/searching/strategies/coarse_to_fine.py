@@ -51,7 +51,7 @@ class CoarseToFine(Strategy):
     With `front`, skeletons of all sizes in turn, and a child of the Pareto front is mutated, drawn anew for each batch.
 
     Args:
-        space, feasible, size, budget, rng, front: see `Strategy`.
+        space, feasible, size, budget, rng, front, known: see `Strategy`.
     """
 
     @cached_property
@@ -66,7 +66,7 @@ class CoarseToFine(Strategy):
         coarse = self.fill([self._skeletons[:wanted]], genes, count)
         if coarse:
             return coarse
-        if not history:  # no skeleton is feasible
+        if not len(genes):  # no skeleton is feasible
             return self.fill([self.space.encode([self.space.smallest()]), *self.random(rng)], genes, count)
         sizes = self.size(genes)
         if self.front:

@@ -22,7 +22,7 @@ class Evolution(Strategy):
     there are generations. With `front`, the best are those of the first Pareto fronts.
 
     Args:
-        space, feasible, size, budget, rng, front: see `Strategy`.
+        space, feasible, size, budget, rng, front, known: see `Strategy`.
     """
 
     probability = 0.1
@@ -32,7 +32,7 @@ class Evolution(Strategy):
         rng = self.rng(history)
         genes, accuracies = self.arrays(history)
         population = min(50, max(10, self.budget // 20))
-        whole = len(history) // population * population
+        whole = len(genes) // population * population
         if not whole:
             return self.fill(self.random(rng), genes, count)
         sizes = self.size(genes[:whole]) if self.front else None

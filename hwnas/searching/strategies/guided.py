@@ -31,10 +31,12 @@ class Guided(Strategy):
     those before had been evaluated (GP-BUCB: Desautels et al., JMLR 2014), so that a batch is diverse. Uncertainty
     counts less as the evaluations are spent.
 
+    Known children beyond the limits take part in the fit only.
+
     With `front`, candidates are evolved on accuracy and size, and taken by how much they would add to the hypervolume.
 
     Args:
-        space, feasible, size, budget, rng, front: see `Strategy`.
+        space, feasible, size, budget, rng, front, known: see `Strategy`.
     """
 
     @cached_property
@@ -61,11 +63,15 @@ class Guided(Strategy):
         """See `Strategy`."""
         rng = self.rng(history)
         genes, accuracies = self.arrays(history)
-        if len(history) < self._wanted:
+        if len(genes) < self._wanted:
             return self.fill(chain([self._first], self.random(rng)), genes, count)
         if not len(self._first):  # nothing keeps the limits
             return []
-        model = AccuracyModel(self._features, genes, accuracies)
+        model = AccuracyModel(
+            self._features,
+            np.concatenate([self.beyond[0], genes]),
+            np.concatenate([self.beyond[1], accuracies]),
+        )
         boldness = BOLDNESS * max(0.0, 1 - len(history) / self.budget)
         candidates = self._evolve(model, genes, accuracies, boldness, rng)
         chosen = self._choose(Posterior(model, candidates), candidates, genes, accuracies, boldness, count)

@@ -27,7 +27,7 @@ class OptunaStrategy(Strategy):
     draws under a tight limit may never. With `front`, the objectives are accuracy and size.
 
     Args:
-        space, feasible, size, budget, rng, front: see `Strategy`.
+        space, feasible, size, budget, rng, front, known: see `Strategy`.
     """
 
     _recorded = 0
@@ -68,7 +68,7 @@ class OptunaStrategy(Strategy):
         rng = self.rng(history)
         known, accuracies = self.arrays(history)
         self._record(known, accuracies)
-        if len(history) < self.startup:
+        if len(known) < self.startup:
             return self.fill(self.random(rng), known, count)
         self._study.sampler = self.optuna_sampler(int(rng.integers(2**31)))
         asked, found = [], np.empty((0, len(self.space.genes)), dtype=np.int8)
@@ -110,7 +110,7 @@ class Nsga2(OptunaStrategy):
     """Optuna's `NSGAIISampler`, with a population that leaves room for at least five generations.
 
     Args:
-        space, feasible, size, budget, rng, front: see `Strategy`.
+        space, feasible, size, budget, rng, front, known: see `Strategy`.
     """
 
     @property
@@ -135,7 +135,7 @@ class Tpe(OptunaStrategy):
     """Optuna's multivariate `TPESampler`.
 
     Args:
-        space, feasible, size, budget, rng, front: see `Strategy`.
+        space, feasible, size, budget, rng, front, known: see `Strategy`.
     """
 
     @property
