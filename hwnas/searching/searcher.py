@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -264,7 +265,17 @@ class Searcher:
             front=self.whole_front,
             known=known,
         )
-        return study.explore(proposer, lambda done, note: report(done, f"{strategy}: {note}"))
+        started, before = time.monotonic(), -1  # what an interrupted search or another worker evaluated
+
+        def tell(found: Sequence[Scored]) -> None:
+            nonlocal before
+            before = len(found) if before < 0 else before
+            if found:
+                best, num_front = max(one.accuracy for one in found), len(pareto(*self._points(found)))
+                rate = (len(found) - before) / (time.monotonic() - started)
+                report(len(found), f"{strategy}: best {best:.2%}, front of {num_front}, {rate:.2g} evaluations/s")
+
+        return study.explore(proposer, tell)
 
     def _size(self, genes: Genes) -> NDArray[np.float64]:
         """The share of the limits that children are expected to use; of a front, of what it ranges over."""
@@ -285,8 +296,13 @@ class Searcher:
         return self._costliest
 
     def _hypervolume(self, scored: Sequence[Scored]) -> list[float]:
+        costs, accuracies = self._points(scored)
+        return running_hypervolume(costs / self._range, accuracies)
+
+    def _points(self, scored: Sequence[Scored]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Predicted costs on the front's axis, and accuracies, (num_scored,) both."""
         costs = self._cost(*self._axis, measured=False).expected(self._encode([one.arch for one in scored]))
-        return running_hypervolume(costs / self._range, np.array([one.accuracy for one in scored]))
+        return costs, np.array([one.accuracy for one in scored])
 
     def _about(self, arch: Architecture) -> tuple[dict[str, Any], dict[str, float]]:
         genes, layers = self._encode([arch]), lower(self.space, arch)

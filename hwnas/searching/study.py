@@ -93,12 +93,14 @@ class Study:
         with Store(self._url) as store:
             return self._join(store, known)
 
-    def explore(self, strategy: Strategy, report: Callable[[int, str], None] = lambda done, note: None) -> list[Scored]:
+    def explore(
+        self, strategy: Strategy, report: Callable[[Sequence[Scored]], None] = lambda found: None
+    ) -> list[Scored]:
         """Evaluate what a strategy proposes until its budget is spent.
 
         Args:
             strategy: the same in every worker.
-            report: told how many are evaluated, and the best.
+            report: told all that is evaluated, whenever that is more.
 
         Returns:
             What this study evaluated, in the order proposed: the same in every worker.
@@ -122,7 +124,9 @@ class Study:
                 finished = _leading(children)
                 history += finished
                 rest = children[len(finished) :]
-                self._report(report, history, rest)
+                report(
+                    [*history, *(Scored(child.arch, child.accuracy) for child in rest if child.accuracy is not None)]
+                )
                 if not rest or self._work(store, trials, rest):
                     pause_s = POLL_S[0]
                 else:
@@ -161,12 +165,6 @@ class Study:
         finally:
             storage.remove_session()
             storage.engine.dispose()
-
-    @staticmethod
-    def _report(report: Callable[[int, str], None], history: Sequence[Scored], rest: Sequence[StudyChild]) -> None:
-        found = [scored.accuracy for scored in history] + [c.accuracy for c in rest if c.accuracy is not None]
-        if found:
-            report(len(found), f"best accuracy {max(found):.4f}")
 
     def _work(self, store: Store, trials: optuna.Study, children: Sequence[StudyChild]) -> bool:
         """Evaluate and record some of the children; False where other workers have all that are left."""
