@@ -60,7 +60,7 @@ class Surface:
 
     @cached_property
     def best(self) -> float:
-        """The optimum: known, or the best of half a million children by an evolution on the values themselves."""
+        """The optimum: known, or the best of three evolutions, of 300,000 children each, on the values themselves."""
         if self.optimum is not None:
             return self.optimum
         return max(float(self.value(climb(self, np.random.default_rng(seed)))[0]) for seed in range(3))
