@@ -22,6 +22,7 @@ from hwnas.store import Store
 from hwnas.training.recipes import TrainConfig
 
 DEFAULT = "run"
+PORTFOLIO = "portfolio-"  # what the names of documents of several answers begin with
 ENVIRONMENT = "HWNAS_RUN"
 STORAGE = "HWNAS_STORAGE"
 

@@ -121,6 +121,23 @@ def test_an_answer_for_each_device_and_the_fewest_for_all(run):
     assert re.search(r"typical error \d+\.\d%.*away\.invalid.*hwnas devices check away", text)
 
 
+def test_all_winners_of_the_last_search_are_exported(run, capsys):
+    """Each as its device takes it, measured where the device is at hand; of the last search only."""
+    hwnas.search(hwnas.MacsLimit(macs(run, 0.5)), run, evaluations=4, baseline=False)
+    assert main(["export", "--all", "--run", str(run), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["limits"][0]["kind"] == "macs"
+    hwnas.search_all([hwnas.LatencyLimit("quick", 50), hwnas.LatencyLimit("away", 40)], run, evaluations=4)
+    assert main(["export", "--all", "--run", str(run), "--json"]) == 0
+    quick, away = json.loads(capsys.readouterr().out)["bundles"]
+    assert quick["latency"]["measured_ms"] > 0
+    assert away["latency"]["measured_ms"] is None
+    assert away["latency"]["predicted_ms"] > 0
+    assert (Path(quick["bundle"]).name, Path(away["bundle"]).name) == ("quick-50ms-onnx", "away-40ms-onnx")
+    assert main(["export", "--all", "--arch", "smallest", "--run", str(run)]) == 2
+    assert "leave out --result, --arch, --device, --output" in capsys.readouterr().err
+
+
 def test_the_loosest_limit_is_searched_first(run):
     """It gets the evaluations; the answers come in the order they were asked for."""
     questions = [hwnas.MacsLimit(macs(run, share)) for share in (0.2, 0.8)]

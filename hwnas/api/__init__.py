@@ -16,6 +16,7 @@ from hwnas.api.data import load_data as load_data
 from hwnas.api.evaluating import accuracy as accuracy
 from hwnas.api.exporting import export as export
 from hwnas.api.exporting import export_all as export_all
+from hwnas.api.exporting import last_results as last_results
 from hwnas.api.exporting import verify as verify
 from hwnas.api.profiling import Profile as Profile
 from hwnas.api.profiling import fit as fit

@@ -19,7 +19,7 @@ from hwnas.devices import Device
 from hwnas.errors import DeviceError, InputError
 from hwnas.measuring.measure import measure
 from hwnas.progress import Notice, unheard
-from hwnas.run import Run
+from hwnas.run import PORTFOLIO, Run
 from hwnas.space import Architecture
 
 if TYPE_CHECKING:
@@ -449,13 +449,28 @@ def _front(result: Result) -> Front | None:
     )
 
 
+def last_results(run: str | Path | None = None) -> list[str]:
+    """The names of what the last search found: a result for each device, or its only one.
+
+    Raises:
+        InputError: no search is finished.
+    """
+    last = _finished(Run(run))[-1]
+    return list(read_json(last)["answers"]) if last.name.startswith(PORTFOLIO) else [last.stem]
+
+
+def _finished(run: Run) -> list[Path]:
+    """What searches have left, the last one last."""
+    paths = sorted((run.path / "results").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not paths:
+        raise InputError(f"no finished search in {run.path}: run `hwnas search --device cpu --latency-ms ...` first")
+    return paths
+
+
 def _result(run: Run, name: str | None) -> tuple[str, Result]:
     from hwnas.searching.result import Result
 
-    paths = [path for path in (run.path / "results").glob("*.json") if not path.name.startswith("portfolio-")]
-    paths.sort(key=lambda path: path.stat().st_mtime)
-    if not paths:
-        raise InputError(f"no finished search in {run.path}: run `hwnas search --device cpu --latency-ms ...` first")
+    paths = [path for path in _finished(run) if not path.name.startswith(PORTFOLIO)]
     path = paths[-1] if name is None else run.result_path(name)
     if path not in paths:
         raise InputError(f"no result {name!r} in {run.path}: not one of {', '.join(p.stem for p in paths)}")

@@ -28,7 +28,7 @@ from hwnas.files import write_text
 from hwnas.measurement import Measurement
 from hwnas.measuring.measure import measure
 from hwnas.progress import Notice, Report, silent, unheard
-from hwnas.run import Run
+from hwnas.run import PORTFOLIO, Run
 from hwnas.space import Architecture
 
 if TYPE_CHECKING:
@@ -361,7 +361,7 @@ def _portfolio_name(names: Sequence[str]) -> str:
     joined = "+".join(names)
     if len(joined) > 100:  # file names have 255 bytes at most
         joined = f"{len(names)}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
-    return f"portfolio-{joined}"
+    return f"{PORTFOLIO}{joined}"
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hwnas.cli.base import JSON, RUN, command, finish, notice, table
+from hwnas.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     click.option("--max-accuracy-drop", type=float, metavar="SHARE",
                  help="Of an int8 file on the validation images, 0.01 for a point: more stays in float32 until then."),
     click.option("--result", metavar="NAME", help="Of a search [default: the last one]."),
+    click.option("--all", "every", is_flag=True, help="The winner for each device of the last search."),
     click.option("--arch", metavar="smallest|biggest|FILE", help="A child of your own, in place of a search's."),
     click.option("--device", metavar="NAME", help="Measure the file there [default: the search's device]."),
     click.option("--output", metavar="FOLDER|ZIP", help="The bundle [default: in the run folder]."),
@@ -32,6 +34,7 @@ def export(
     precision: str | None,
     max_accuracy_drop: float | None,
     result: str | None,
+    every: bool,
     arch: str | None,
     device: str | None,
     output: str | None,
@@ -40,17 +43,25 @@ def export(
     """Write a child as a deployable bundle, checked against its parent."""
     from hwnas import api
 
-    made = api.export_all(
-        formats,
-        run,
-        precision=precision,
-        max_accuracy_drop=max_accuracy_drop,
-        result=result,
-        arch=arch,
-        device=device,
-        output=output,
-        notice=notice,
-    )
+    if every and (result or arch or device or output):
+        raise InputError(
+            "--all exports every winner into the run folder: leave out --result, --arch, --device, --output"
+        )
+    made = [
+        bundle
+        for name in (api.last_results(run) if every else [result])
+        for bundle in api.export_all(
+            formats,
+            run,
+            precision=precision,
+            max_accuracy_drop=max_accuracy_drop,
+            result=name,
+            arch=arch,
+            device=device,
+            output=output,
+            notice=notice,
+        )
+    ]
     documents = [{"bundle": str(path), **manifest} for path, manifest in made]
     shown = [_show_bundle(path, manifest) for path, manifest in made]
     verify_it = "next: " + shlex.join(["hwnas", "verify", str(made[-1][0])])

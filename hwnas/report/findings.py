@@ -12,7 +12,7 @@ from hwnas.errors import InputError
 from hwnas.measurement import Measurement
 from hwnas.predictors import LatencyPredictor
 from hwnas.report.fit import FitPoint, fit_points, load_fit
-from hwnas.run import Run
+from hwnas.run import PORTFOLIO, Run
 from hwnas.searching.costs import LayerCost
 from hwnas.searching.result import Candidate, Estimate, Result
 from hwnas.space import Architecture
@@ -42,7 +42,7 @@ class Findings:
         self.run = run
         documents = {path.stem: read_json(path) for path in _by_age(run.path / "results", "*.json")}
         self.portfolios: dict[str, Any] = {
-            name: document for name, document in documents.items() if name.startswith("portfolio-")
+            name: document for name, document in documents.items() if name.startswith(PORTFOLIO)
         }
         self.results = {
             name: Result.from_dict(document) for name, document in documents.items() if name not in self.portfolios
