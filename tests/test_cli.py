@@ -323,6 +323,25 @@ def test_profile_before_training(capsys, tmp_path, space_file):
     assert document(capsys, "fit", "--run", run, "--device", "quick")["num_children"] == 8
 
 
+def test_a_greater_profile_measures_what_is_missing(tmp_path, space_file):
+    """Children that are measured stay among those that the predictor is fitted to, whatever is chosen beside them."""
+    run = tmp_path / "run"
+    add_device(run)
+    api.profile("quick", run, space=space_file, children=14)
+    with Run(run).store() as store:
+        first = [m.arch for m in store.measurements()]
+    made = api.profile("quick", run, children=25, holdout=4)
+    with Run(run).store() as store:
+        measured = [m.arch for m in store.measurements()]
+        tested = {m.arch for m in store.measurements(role="holdout")}
+    assert measured[:14] == first
+    assert len(measured) == len(set(measured)) == 29
+    assert made.num_children == 25
+    assert len(tested) == 4
+    space = Run(run).space
+    assert {space.smallest(), space.largest()} <= set(first[:10])
+
+
 # ---------------------------------------------------------------- training and data
 
 

@@ -19,6 +19,7 @@ from hwnas.devices import Device
 from hwnas.devices.base import Timing
 from hwnas.errors import DeviceError, InputError
 from hwnas.measurement import Measurement, Role
+from hwnas.measuring.active import next_children
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
 from hwnas.predictors import (
@@ -37,6 +38,8 @@ from hwnas.store import Store
 
 # Up to so many measurements of a device, what is known of others may tell more than they do.
 _FEW = 30
+# Children that are measured before what they tell decides on the next ones: so many more, or half as many again.
+_BATCH = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,8 @@ def profile(
     Args:
         device: a device's name or file.
         run: the run folder.
-        children: how many to fit to, spread over the space, the smallest and biggest among them.
+        children: how many to fit to: first ten spread over the space, the smallest and biggest among them, then those
+            that tell most of all others, by what was measured up to then.
         holdout: how many fresh random ones to test the predictor on.
         space: for a run folder that holds no run yet: profile before training.
         kind: of predictor. `auto` tries `transfer` too where measurements are few: `transfer` starts from the
@@ -149,7 +153,7 @@ def profile_all(
     Args:
         devices: their names or files.
         run: see `profile`, as for all others.
-        children: to fit to, the same on every device.
+        children: to fit to; the first ten are the same on every device.
         holdout: to test on.
         space: a name or file.
         kind: of predictor.
@@ -173,28 +177,36 @@ def profile_all(
         _sources(opened, target)
     if len({target.name for target in targets}) < len(targets):
         raise InputError(f"{', '.join(target.name for target in targets)}: a device is named twice")
-    chosen = choose_children(opened.space, children, np.random.default_rng([seed, 0]))
-    rng = np.random.default_rng([seed, 1])
-    fresh: list[Architecture] = []
-    while len(fresh) < min(holdout, opened.space.size() - len(chosen)):
-        arch = opened.space.sample(rng)
-        if arch not in fresh and arch not in chosen:
-            fresh.append(arch)
     stop = Event()
 
     def bench(target: Device, report: Report) -> DeviceError | None:
-        def told(before: int) -> Report:
+        before = 0
+
+        def run_all(archs: Sequence[Architecture], store: Store, role: Role) -> list[Measurement]:
             def tell(done: float, total: float, note: str = "") -> None:
-                report(before + done, len(chosen) + len(fresh), note)
+                report(before + done, children + holdout, note)
                 if stop.is_set():
                     raise KeyboardInterrupt
 
-            return tell
+            nonlocal before
+            made = measure(archs, opened.space, target, target.timing, store, role=role, report=tell)
+            before += len(archs)
+            return made
 
         try:
             with target, opened.store() as store:
-                measure(chosen, opened.space, target, target.timing, store, role="fit", report=told(0))
-                measure(fresh, opened.space, target, target.timing, store, role="holdout", report=told(len(chosen)))
+                chosen = _first_children(opened.space, target, store, children, seed)
+                fresh = _fresh_children(opened.space, chosen, min(holdout, opened.space.size() - children), seed)
+                made = run_all(chosen[:children], store, "fit")
+                while len(chosen) < children:
+                    count = min(children - len(chosen), max(_BATCH, len(chosen) // 2))
+                    rng = np.random.default_rng([seed, 2, len(chosen)])
+                    more = _next_children(opened.space, made, [*chosen, *fresh], count, rng)
+                    if not more:  # the space holds no others
+                        break
+                    chosen += more
+                    made += run_all(more, store, "fit")
+                run_all(fresh, store, "holdout")
         except DeviceError as error:
             return error
         return None
@@ -211,6 +223,39 @@ def profile_all(
             _fit(opened, target, store, kind) if error is None else error
             for target, error in zip(targets, errors, strict=True)
         ]
+
+
+def _first_children(space: SearchSpace, device: Device, store: Store, count: int, seed: int) -> list[Architecture]:
+    """Spread over the space; and all that were chosen before on the device, so that none was measured in vain."""
+    first = choose_children(space, min(count, _BATCH), np.random.default_rng([seed, 0]))
+    before = [m.arch for m in last_measurements(device.name, device.timing, store, "fit")]
+    return list(dict.fromkeys([*first, *before]))
+
+
+def _fresh_children(space: SearchSpace, taken: Sequence[Architecture], count: int, seed: int) -> list[Architecture]:
+    """Random ones that are not taken."""
+    rng = np.random.default_rng([seed, 1])
+    fresh: dict[Architecture, None] = {}
+    while len(fresh) < min(count, space.size() - len(taken)):
+        arch = space.sample(rng)
+        if arch not in taken:
+            fresh[arch] = None
+    return list(fresh)
+
+
+def _next_children(
+    space: SearchSpace,
+    made: Sequence[Measurement],
+    taken: Sequence[Architecture],
+    count: int,
+    rng: np.random.Generator,
+) -> list[Architecture]:
+    """The children that tell most of all others, by what was measured."""
+    trusted = [m for m in made if m.trusted]
+    if len(trusted) < 5:
+        return [arch for arch in choose_children(space, len(taken) + count, rng) if arch not in taken][:count]
+    known = make_predictor("gp", space).fit([m.arch for m in trusted], [m.latency_ms for m in trusted])
+    return next_children(space, taken, known.covariance_genes, count, rng)
 
 
 def _profile_only(run: str | Path | None, space: str | Path) -> RunConfig:
