@@ -241,7 +241,7 @@ def test_tables_say_what_is_predicted(capsys, run):
     assert re.search(r"away: predicted, not measured, typical error \d+\.\d%", out)
     assert "portfolio: the fewest that serve all within 0.2 points" in out
     assert "away: latencies are predicted, not measured" in err
-    assert f"next: hwnas export --run {run} --format onnx --result quick-50ms" in out
+    assert f"next: hwnas export --run {run} --all" in out
     out, _ = hwnas_search(capsys, *words, "--evaluations", 5, "--together", "--json")
     found = json.loads(out)
     assert [limit["device"] for limit in found["limits"]] == ["quick", "away"]

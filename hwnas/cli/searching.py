@@ -94,7 +94,7 @@ def _show_result(name: str, result: Result, run: str | None, as_json: bool) -> N
         table(title, columns, rows),
         *_result_lines(result),
         f"result: {where / 'results' / f'{name}.json'}",
-        next_line("export", where, "--format", "onnx", "--result", name),
+        next_line("export", where, "--result", name),
     )
 
 
@@ -154,5 +154,5 @@ def _show_portfolio(portfolio: Portfolio, run: str | None, as_json: bool) -> Non
         table(title, ["child", "validation", "MMACs", "serves", "points"], members),
         *lines,
         f"results: {where / 'results'}",
-        next_line("export", where, "--format", "onnx", "--result", next(iter(portfolio.results))),
+        next_line("export", where, "--all"),
     )
