@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -167,6 +168,17 @@ def test_a_search_goes_on_from_what_it_knew_when_it_began(world):
     assert again == first
     assert world.evaluated == evaluated
     assert world.searcher(LIMIT, known=world.known, weights="others").run(12).num_known > 0
+
+
+def test_progress_tells_the_best_and_the_front(world):
+    told: list[tuple[float, float, str]] = []
+    result = world.searcher(LIMIT).run(20, report=lambda done, total, note="": told.append((done, total, note)))
+    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
+    assert {total for _, total, _ in told} == {40}
+    at_half = next(note for done, _, note in told if done == 20)
+    name, best = result.strategy, max(result.history[result.strategy])
+    assert re.fullmatch(rf"{name}: best {best:.2%}, front of \d+, [\d.e+]+ evaluations/s", at_half)
+    assert told[-1][2].startswith(f"random: best {max(result.history['random']):.2%}, front of ")
 
 
 def test_infeasible_children_are_never_evaluated(world):
