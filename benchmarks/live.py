@@ -70,14 +70,16 @@ class Setting:
 
     def load(self, cache: Path) -> Measured | None:
         """What is measured; None if that is not all."""
-        found = []
+        found, tried = [], 0
         for part in ("once", "again"):
-            with Store(cache / f"{self._file}-{part}.db") as store:
-                found.append({m.arch: m for m in store.measurements() if m.trusted})
-        once, again = found
-        tried = [arch for arch in [*CHILDREN, *fresh()] if arch in once]
-        complete = len(again) >= AGAIN - 2 and len(tried) >= max(SIZES) + HELD_OUT - 5
-        return Measured(self, once, again) if complete else None
+            path = cache / f"{self._file}-{part}.db"
+            if not path.is_file():
+                return None
+            with Store(path) as store:
+                made = store.measurements()
+            tried += len({m.arch for m in made})
+            found.append({m.arch: m for m in made if m.trusted})
+        return Measured(self, *found) if tried == max(SIZES) + HELD_OUT + AGAIN else None
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,9 @@ def settings(devices: list[str], threads: list[int], precisions: list[str]) -> l
 
 def fits(measured: list[Measured]) -> list[str]:
     lines = [
-        "| setting | ms | two measurements differ by, median / 90% | fitted to | Spearman | mean error | within 5% "
-        "| within 10% | in 90% interval | kind |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | ms | rejected | two measurements differ by, median / 90% | fitted to | Spearman | mean error "
+        "| within 5% | within 10% | in 90% interval | kind |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in measured:
         ms = [m.latency_ms for m in one.once.values()]
@@ -137,8 +139,9 @@ def fits(measured: list[Measured]) -> list[str]:
             cells = [
                 one.setting.name if first else "",
                 f"{min(ms):.1f} to {max(ms):.1f}" if first else "",
+                f"{max(SIZES) + HELD_OUT - len(one.once)} of {max(SIZES) + HELD_OUT}" if first else "",
                 f"{statistics.median(differences):.1%} / {np.quantile(differences, 0.9):.1%}" if first else "",
-                f"{size}",
+                f"{len(one._some(size)[0])}",
                 f"{r.spearman:.3f}",
                 f"{r.mape_pct:.1f}%",
                 f"{r.within_5_pct:.0f}%",
