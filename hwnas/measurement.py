@@ -208,6 +208,24 @@ class Measurement:
         return float((high - low) / middle)
 
 
+def last_by_child(found: Sequence[Measurement]) -> list[Measurement]:
+    """The last measurement of each child, all by the same protocol: the last one used.
+
+    One that can be trusted goes before a later one that cannot.
+
+    Args:
+        found: of one device, in the order they were made.
+    """
+    # As the records say, not the database's column: an older hwnas, whose `Timing` had fewer keys, hashed less.
+    protocols = [measurement.protocol for measurement in found]
+    last: dict[Architecture, Measurement] = {}
+    for measurement, protocol in zip(found, protocols, strict=True):
+        before = last.get(measurement.arch)
+        if protocol == protocols[-1] and (measurement.trusted or before is None or not before.trusted):
+            last[measurement.arch] = measurement
+    return list(last.values())
+
+
 def steady_rounds(
     rounds: Sequence[RunTimes], reference_ms: Sequence[float], usual_reference_ms: float | None, timing: Timing
 ) -> NDArray[np.bool_]:

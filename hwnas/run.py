@@ -25,6 +25,7 @@ DEFAULT = "run"
 PORTFOLIO = "portfolio-"  # what the names of documents of several answers begin with
 ENVIRONMENT = "HWNAS_RUN"
 STORAGE = "HWNAS_STORAGE"
+ENERGY = ".energy"  # what the names of energy predictors end with
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -195,6 +196,15 @@ class Run:
     def predictor_path(self, device: str) -> Path:
         """Where a device's predictor is, or will be."""
         return self.path / "predictors" / f"{device}.json"
+
+    def energy_path(self, device: str) -> Path:
+        """Where a device's energy predictor is, or will be: beside that of its latency."""
+        return self.predictor_path(f"{device}{ENERGY}")
+
+    def profiled(self) -> list[str]:
+        """The devices whose latency the run has a predictor of, by name."""
+        files = (self.path / "predictors").glob("*.json")
+        return sorted(file.stem for file in files if not file.stem.endswith(ENERGY))
 
     def predictor(self, device: str | Path) -> LatencyPredictor:
         """The latency predictor of a device, given by name or file: the run's own, or one from published measurements.

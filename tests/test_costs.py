@@ -11,7 +11,7 @@ import pytest
 
 import hwnas
 import hwnas.api
-from hwnas.api.costs import energy_path, energy_predictor, fit_energy
+from hwnas.api.costs import energy_predictor, fit_energy
 from hwnas.cli import cli, limit_options, main
 from hwnas.devices.base import RunTimes, Timing
 from hwnas.devices.tool_device import ToolDevice
@@ -149,7 +149,7 @@ def test_energy_is_predicted_where_it_is_told(run):
     assert fit_energy(run, "board", [measured(arch) for arch in ARCHS]) is None
     few = [measured(arch, energy_mj=4) for arch in ARCHS[:4]] + [measured(arch) for arch in ARCHS[4:]]
     assert fit_energy(run, "board", few) is None
-    assert not energy_path(run, "board").exists()
+    assert not run.energy_path("board").exists()
     fitted = fit_energy(run, "board", [measured(arch, energy_mj=4) for arch in ARCHS])
     mean, _ = energy_predictor(run, "board").predict(ARCHS)
     assert np.array_equal(mean, fitted.predict(ARCHS)[0])
@@ -159,7 +159,7 @@ def test_energy_is_predicted_where_it_is_told(run):
 def test_energy_predictor_of_another_space(run):
     other = SearchSpace.load("tiny")
     predictor = make_predictor("macs", other).fit([other.smallest(), other.largest(), other.smallest()], [1, 2, 1])
-    predictor.save(energy_path(run, "board"))
+    predictor.save(run.energy_path("board"))
     with pytest.raises(InputError, match="is for another space"):
         energy_predictor(run, "board")
 

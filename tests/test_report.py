@@ -206,6 +206,23 @@ def test_a_run_that_was_only_profiled(run):
     assert "run `hwnas fit --device quick` first" in section(contents, "predictors").text
 
 
+def test_a_bundle_that_was_not_measured(run):
+    """Its device could not be reached when it was exported."""
+    (path,) = (run / "exports").glob("*/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["latency"]["measured_ms"] = None
+    path.write_text(json.dumps(manifest))
+    (table,) = section(gather(Run(run), "report"), "exports").tables
+    (row,) = table.rows
+    assert row[table.columns.index("measured")] == ""
+
+
+def test_energy_predictors_are_no_devices(run):
+    shutil.copy(run / "predictors" / "quick.json", run / "predictors" / "quick.energy.json")
+    (table,) = section(gather(Run(run), "report"), "predictors").tables
+    assert [row[0] for row in table.rows] == ["other", "quick"]
+
+
 def test_damaged_files_are_named(run):
     (run / "plots" / "quick.json").write_text('{"points": [{}]}')
     with pytest.raises(InputError, match=r"quick\.json: damaged .* run `hwnas fit --device quick`"):

@@ -18,7 +18,7 @@ from hwnas.measurement import Measurement
 from hwnas.predictors import LatencyPredictor, load_predictor, make_predictor
 from hwnas.run import Run
 from hwnas.searching.bounds import Bounds, extreme
-from hwnas.searching.costs import LAYER_COSTS, Cost, DeviceCost, LayerCost
+from hwnas.searching.costs import Cost, DeviceCost, LayerCosts
 from hwnas.searching.limits import Limit
 from hwnas.space import Architecture, SearchSpace
 
@@ -111,15 +111,17 @@ def space_report(
             )
         opened = None
     if opened is not None and not named:
-        named = _profiled(opened)
+        named = opened.profiled()
     named = list(dict.fromkeys([*named, *(limit.device for limit in limits if limit.device)]))
 
-    costs: dict[tuple[str, str | None], Cost] = {(kind, None): LayerCost(chosen, kind) for kind in LAYER_COSTS}
+    costs: dict[tuple[str, str | None], Cost] = {
+        (kind, None): cost for kind, cost in LayerCosts(chosen).by_kind.items()
+    }
     for device in named:
         assert opened is not None
         costs["latency", device] = DeviceCost(opened.predictor(device))
         wanted = any((limit.kind, limit.device) == ("energy", device) for limit in limits)
-        if wanted or energy_path(opened, device).is_file():
+        if wanted or opened.energy_path(device).is_file():
             costs["energy", device] = DeviceCost(energy_predictor(opened, device), unit="mJ")
 
     genes = chosen.sample_genes(samples, np.random.default_rng(seed))
@@ -166,18 +168,13 @@ def _share(count: int, samples: int) -> dict[str, float]:
 # -------------------------------------------------------------------- energy
 
 
-def energy_path(run: Run, device: str) -> Path:
-    """Where a device's energy predictor is, or will be: beside that of its latency."""
-    return run.predictor_path(f"{device}.energy")
-
-
 def energy_predictor(run: Run, device: str) -> LatencyPredictor:
     """The energy predictor of a device: a latency predictor that gives mJ in place of ms.
 
     Raises:
         InputError: there is none, its file is damaged, or it is for another space.
     """
-    path = energy_path(run, device)
+    path = run.energy_path(device)
     if not path.is_file():
         raise InputError(
             f"no energy predictor for {device!r} in {run.path}: `hwnas profile --device {device}` makes one where the "
@@ -204,14 +201,8 @@ def fit_energy(
     if len(told) < MIN_ENERGIES:
         return None
     predictor = make_predictor(kind, run.space).fit([arch for arch, _ in told], [mj for _, mj in told])
-    predictor.save(energy_path(run, device))
+    predictor.save(run.energy_path(device))
     return predictor
-
-
-def _profiled(run: Run) -> list[str]:
-    """The devices that the run has a predictor of."""
-    files = (run.path / "predictors").glob("*.json")
-    return sorted(file.stem for file in files if not file.stem.endswith(".energy"))
 
 
 # -------------------------------------------------------------------- one child

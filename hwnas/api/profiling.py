@@ -18,7 +18,7 @@ from hwnas.api.costs import fit_energy, layer_values, read_architecture
 from hwnas.devices import Device
 from hwnas.devices.base import Timing
 from hwnas.errors import DeviceError, InputError
-from hwnas.measurement import Measurement, Role
+from hwnas.measurement import Measurement, Role, last_by_child
 from hwnas.measuring.active import next_children
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
@@ -284,15 +284,13 @@ def known_machines(run: Run, target: Device) -> dict[str, LatencyPredictor]:
     These are the predictors of the run's other devices, and the published model of this one.
     """
     known = {}
-    for path in sorted((run.path / "predictors").glob("*.json")):
-        if path.stem.endswith(".energy"):  # predicts energy, see `hwnas.api`
-            continue
+    for device in run.profiled():
         try:
-            predictor = load_predictor(path)
+            predictor = load_predictor(run.predictor_path(device))
         except InputError:  # of another version, or damaged: only its own device needs it
             continue
-        if path.stem != target.name and predictor.space == run.space and predictor.knows_layers:
-            known[path.stem] = predictor
+        if device != target.name and predictor.space == run.space and predictor.knows_layers:
+            known[device] = predictor
     model = published_model(target)
     if model is not None:
         known[f"published measurements of {model.machine}"] = model.predictor(run.space, target.name)
@@ -377,19 +375,8 @@ def _told(chosen: str, choice: str, validated: Mapping[str, PredictionReport], s
 
 
 def last_measurements(device: str, timing: Timing, store: Store, role: Role | None = None) -> list[Measurement]:
-    """The last measurement of each child on a device, all by the same protocol: the last one used there.
-
-    One that can be trusted goes before a later one that cannot.
-    """
-    found = store.measurements(device=device, timing=timing, role=role)
-    # As the records say, not the database's column: an older hwnas, whose `Timing` had fewer keys, hashed less.
-    protocols = [measurement.protocol for measurement in found]
-    last: dict[Architecture, Measurement] = {}
-    for measurement, protocol in zip(found, protocols, strict=True):
-        before = last.get(measurement.arch)
-        if protocol == protocols[-1] and (measurement.trusted or before is None or not before.trusted):
-            last[measurement.arch] = measurement
-    return list(last.values())
+    """What a device's measurements say of each child: see `last_by_child`."""
+    return last_by_child(store.measurements(device=device, timing=timing, role=role))
 
 
 def predict(

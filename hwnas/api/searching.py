@@ -18,7 +18,7 @@ import numpy as np
 
 from hwnas import __version__
 from hwnas.api.catalogue import open_device
-from hwnas.api.costs import energy_path, energy_predictor
+from hwnas.api.costs import energy_predictor
 from hwnas.api.evaluating import open_evaluator
 from hwnas.api.profiling import last_measurements
 from hwnas.devices import Device, device_name
@@ -270,7 +270,7 @@ class _Session:
             with self._store.claimed(f"measure on {name}"):  # what another worker measures now is not measured again
                 return measure(archs, self.run.space, device, device.timing, self._store, role="finalist")
 
-        knows_energy = wants_energy or energy_path(self.run, name).is_file()
+        knows_energy = wants_energy or self.run.energy_path(name).is_file()
         return Target(
             name,
             predictor,

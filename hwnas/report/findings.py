@@ -9,11 +9,11 @@ from typing import Any
 
 from hwnas.config import read_json
 from hwnas.errors import InputError
-from hwnas.measurement import Measurement
+from hwnas.measurement import Measurement, last_by_child
 from hwnas.predictors import LatencyPredictor
 from hwnas.report.fit import FitPoint, fit_points, load_fit
 from hwnas.run import PORTFOLIO, Run
-from hwnas.searching.costs import LayerCost
+from hwnas.searching.costs import LayerCosts
 from hwnas.searching.result import Candidate, Estimate, Result
 from hwnas.space import Architecture
 from hwnas.store import Evaluation, Store
@@ -39,7 +39,7 @@ class Findings:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run = run
+        self.run, self._layers = run, LayerCosts(run.space)
         documents = {path.stem: read_json(path) for path in _by_age(run.path / "results", "*.json")}
         self.portfolios: dict[str, Any] = {
             name: document for name, document in documents.items() if name.startswith(PORTFOLIO)
@@ -52,8 +52,7 @@ class Findings:
             self.evaluations = self._evaluations(store)
             self.measurements = _measurements(store)
         told = [*(candidate for one in self.results.values() for candidate in _candidates(one)), *self._members()]
-        fitted = [path.stem for path in _by_age(run.path / "predictors", "*.json")]
-        self.devices = sorted({*fitted, *(device for candidate in told for device in candidate.latency)})
+        self.devices = sorted({*run.profiled(), *(device for candidate in told for device in candidate.latency)})
         self.predictors = {device: found for device in self.devices if (found := self._predictor(device)) is not None}
         self.fits = {device: self._fit(device) for device in self.devices}
         known = {one.arch: one.accuracy for one in self.evaluations}
@@ -70,8 +69,6 @@ class Findings:
         if not archs:
             return []
         genes = self.run.space.encode(archs)
-        kinds = ("macs", "params", "size", "memory")
-        costs_of = [LayerCost(self.run.space, kind).expected(genes).tolist() for kind in kinds]
         latency: list[dict[str, Estimate]] = [{} for _ in archs]
         for device, predictor in self.predictors.items():
             measured = self.measurements.get(device, {})
@@ -82,15 +79,11 @@ class Findings:
             Candidate(
                 architecture=arch,
                 accuracy=accuracy,
-                macs=round(macs),
-                params=round(params),
-                file_bytes=round(1e6 * megabytes),
-                peak_bytes=round(1e6 * peak),
                 latency=costs,
+                energy={},
+                **layers,
             )
-            for arch, accuracy, macs, params, megabytes, peak, costs in zip(
-                archs, accuracies, *costs_of, latency, strict=True
-            )
+            for arch, accuracy, costs, layers in zip(archs, accuracies, latency, self._layers.told(genes), strict=True)
         ]
 
     def _members(self) -> list[Candidate]:
@@ -144,10 +137,9 @@ def _candidates(result: Result) -> Iterable[Candidate]:
 
 
 def _measurements(store: Store) -> Mapping[str, Mapping[Architecture, Measurement]]:
-    found = [m for m in store.measurements() if m.role != "export"]
-    protocols = {m.device: m.protocol for m in found}
-    kept: dict[str, dict[Architecture, Measurement]] = {}
-    for m in found:
-        if m.trusted and m.protocol == protocols[m.device]:
-            kept.setdefault(m.device, {})[m.arch] = m
-    return kept
+    by_device: dict[str, list[Measurement]] = {}
+    for m in store.measurements():
+        if m.role != "export":
+            by_device.setdefault(m.device, []).append(m)
+    kept = {device: {m.arch: m for m in last_by_child(some) if m.trusted} for device, some in by_device.items()}
+    return {device: children for device, children in kept.items() if children}

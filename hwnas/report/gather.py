@@ -11,6 +11,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hwnas import __version__
 from hwnas.config import read_json
 from hwnas.errors import InputError
@@ -21,6 +23,7 @@ from hwnas.report.contents import Answer, Contents, Facts, Section, Table
 from hwnas.report.findings import Findings
 from hwnas.report.fit import fit_charts
 from hwnas.run import Run
+from hwnas.searching.fronts import pareto
 from hwnas.searching.limits import Limit, show_cost
 from hwnas.searching.result import Candidate, Estimate, Result
 from hwnas.space import Architecture, SearchSpace
@@ -221,10 +224,8 @@ def _front(found: Findings, kind: str, device: str | None) -> Chart:
     costs = {id: cost for id, one in found.evaluated.items() if (cost := cost_of(one, device)) is not None}
     values = {id: cost.value if isinstance(cost, Estimate) else cost for id, cost in costs.items()}
     ordered = sorted(values, key=lambda id: (values[id], -found.evaluated[id].accuracy))
-    front: list[str] = []
-    for id in ordered:
-        if not front or found.evaluated[id].accuracy > found.evaluated[front[-1]].accuracy:
-            front.append(id)
+    accuracies = np.array([found.evaluated[id].accuracy for id in ordered])
+    front = [ordered[index] for index in pareto(np.array([values[id] for id in ordered]), accuracies)]
     predicted = {id for id, cost in costs.items() if isinstance(cost, Estimate) and cost.measured is None}
     about = [one for one in found.results.values() if (kind, device) in _asked(one)]
     drawn = [one.random.architecture.id for one in about if one.random is not None]
@@ -434,7 +435,8 @@ def _exports(found: Findings) -> Section:
     for path in sorted((found.run.path / "exports").glob("*/manifest.json")):
         manifest = read_json(path)
         file, latency, accuracy = manifest["file"], manifest["latency"], manifest["accuracy"]
-        measured = "" if latency is None else f"{words.digits(latency['measured_ms'])} ms on {latency['device']}"
+        known = latency is not None and latency["measured_ms"] is not None
+        measured = f"{words.digits(latency['measured_ms'])} ms on {latency['device']}" if known else ""
         kind, exact = f"{file['format']}, {file['precision']}", f"{manifest['parity']['max_abs_diff']:.1e}"
         rows.append(
             (path.parent.name, kind, words.size(file["size_bytes"]), f"{accuracy['value']:.2%}", measured, exact)

@@ -86,6 +86,26 @@ _LAYER_COSTS: dict[str, tuple[str, Callable[[SearchSpace], _Values]]] = {
 LAYER_COSTS = tuple(_LAYER_COSTS)  # the kinds of `LayerCost`
 
 
+class LayerCosts:
+    """Every kind of `LayerCost` of a space.
+
+    Attributes:
+        by_kind: the costs.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.by_kind = {kind: LayerCost(space, kind) for kind in LAYER_COSTS}
+
+    def told(self, genes: Genes) -> list[dict[str, int]]:
+        """Of each child `macs`, `params`, `file_bytes` and `peak_bytes`, for genes (num_archs, num_genes)."""
+        names = {"macs": "macs", "params": "params", "size": "file_bytes", "memory": "peak_bytes"}
+        columns = {}
+        for kind, name in names.items():
+            values = self.by_kind[kind].expected(genes) * (1e6 if self.by_kind[kind].unit == "MB" else 1)
+            columns[name] = [round(value) for value in values.tolist()]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 class DeviceCost(Cost):
     """Latency or energy on a device.
 

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import InputError, LimitError
-from hwnas.layers import lower, total_macs, total_params
 from hwnas.progress import Notice, Report, silent, unheard
 from hwnas.searching.bounds import Bounds, extreme
-from hwnas.searching.costs import LAYER_COSTS, Cost, LayerCost
+from hwnas.searching.costs import LAYER_COSTS, Cost, LayerCosts
 from hwnas.searching.fronts import front_slope, pareto, running_hypervolume
 from hwnas.searching.limits import LatencyLimit, Limit
 from hwnas.searching.result import Candidate, Result, Slope
@@ -81,7 +80,7 @@ class Searcher:
         self.confidence, self.strategy, self.weights, self.seed = confidence, strategy, weights, seed
         self.evaluate, self.known, self.storage_url, self.notice = evaluate, known, storage_url, notice
         self.study, self.at_once = study, at_once
-        self._layers = {kind: LayerCost(space, kind) for kind in LAYER_COSTS}
+        self._layers = LayerCosts(space)
         self.whole_front = front is not None
         self._axis = self._find_axis(front)
         # Exploring goes by predictions alone: a measured latency changes a little with every further measurement,
@@ -97,7 +96,7 @@ class Searcher:
             latencies = [limit for limit in self.limits if isinstance(limit, LatencyLimit)]
             first = (latencies or self.limits)[0]
             return first.kind, first.device
-        return (front, None) if front in self._layers else ("latency", front)
+        return (front, None) if front in LAYER_COSTS else ("latency", front)
 
     def _encode(self, archs: Sequence[Architecture]) -> Genes:
         """`SearchSpace.encode`, each child once: thousands of known ones are ranked again after every measurement."""
@@ -108,7 +107,7 @@ class Searcher:
     # ------------------------------------------------------------ costs
 
     def _cost(self, kind: str, device: str | None, *, measured: bool = True) -> Cost:
-        return self._layers[kind] if device is None else self.targets[device].cost(kind, measured=measured)
+        return self._layers.by_kind[kind] if device is None else self.targets[device].cost(kind, measured=measured)
 
     def _bounds(self, *, measured: bool = True) -> Bounds:
         terms = [(limit, self._cost(limit.kind, limit.device, measured=measured)) for limit in self.limits]
@@ -305,8 +304,9 @@ class Searcher:
         return costs, np.array([one.accuracy for one in scored])
 
     def _about(self, arch: Architecture) -> tuple[dict[str, Any], dict[str, float]]:
-        genes, layers = self._encode([arch]), lower(self.space, arch)
-        told: dict[str, Any] = {"macs": total_macs(layers), "params": total_params(layers)}
+        genes = self._encode([arch])
+        (costs,) = self._layers.told(genes)
+        told: dict[str, Any] = {name: costs[name] for name in ("macs", "params")}
         for name, target in self.targets.items():
             mean, std = target.predictor.predict_genes(genes)
             told |= {f"predicted ms on {name}": float(mean[0]), f"std ms on {name}": float(std[0])}
@@ -373,14 +373,11 @@ class Searcher:
 
     def candidate(self, scored: Scored) -> Candidate:
         """All that is known of an evaluated child."""
-        layers = lower(self.space, scored.arch)
+        (costs,) = self._layers.told(self._encode([scored.arch]))
         return Candidate(
             architecture=scored.arch,
             accuracy=scored.accuracy,
-            macs=total_macs(layers),
-            params=total_params(layers),
-            file_bytes=self._megabytes("size", scored.arch),
-            peak_bytes=self._megabytes("memory", scored.arch),
+            **costs,
             latency={name: target.estimate("latency", scored.arch) for name, target in self.targets.items()},
             energy={
                 name: target.estimate("energy", scored.arch)
@@ -388,9 +385,6 @@ class Searcher:
                 if target.energy is not None
             },
         )
-
-    def _megabytes(self, kind: str, arch: Architecture) -> int:
-        return round(1e6 * float(self._layers[kind].expected(self._encode([arch]))[0]))
 
     def _slopes(self, scored: Sequence[Scored]) -> dict[str, Slope]:
         """What one more millisecond buys on each device with a latency limit, the others being kept."""
