@@ -23,8 +23,8 @@ from environment import heading
 from numpy.typing import NDArray
 from surfaces import Surface, surfaces
 
+from hwnas.searching.fronts import running_hypervolume
 from hwnas.searching.strategies import Scored, Strategy, make_strategy
-from hwnas.searching.strategies.fronts import hypervolume
 
 # Evaluations each strategy gets, and so its budget.
 BUDGETS = {"guided": 100, "coarse-to-fine": 100, "evolution": 300, "nsga2": 300, "tpe": 100, "random": 1000}
@@ -43,7 +43,7 @@ def identity(surface: Surface) -> str:
 
 def source(name: str) -> str:
     """A strategy's name and source, in short."""
-    files = {"guided": ("guided", "accuracy_model", "fronts", "coarse_to_fine"), "nsga2": ("optuna_samplers",)}
+    files = {"guided": ("guided", "accuracy_model", "../fronts", "coarse_to_fine"), "nsga2": ("optuna_samplers",)}
     files |= {"tpe": files["nsga2"]}
     modules = (*files.get(name, (name.replace("-", "_"),)), "sampling")
     folder = Path(inspect.getfile(Strategy)).parent
@@ -124,8 +124,7 @@ def regret(surface: Surface, best: float, result: dict[str, Any]) -> NDArray[np.
 
 def volumes(result: dict[str, Any]) -> NDArray[np.float64]:
     """Hypervolume over accuracy 0 and the limit, after each evaluation."""
-    value, size = np.array(result["value"]), np.array(result["size"])
-    return np.array([hypervolume(value[:end], size[:end]) for end in range(1, len(value) + 1)])
+    return np.array(running_hypervolume(np.array(result["size"]), np.array(result["value"])))
 
 
 # -------------------------------------------------------------------- report
@@ -208,7 +207,7 @@ def fronts_of(results: Results, surface: Surface, seeds: int) -> dict[str, NDArr
         for name, budget in FRONT_BUDGETS.items()
     }
     union = {key: [x for runs in all_found.values() for run in runs for x in run[key]] for key in ("value", "size")}
-    whole = hypervolume(np.array(union["value"]), np.array(union["size"]))
+    whole = running_hypervolume(np.array(union["size"]), np.array(union["value"]))[-1]
     return {
         name: 100 * stacked([volumes(run) / whole for run in runs], FRONT_BUDGETS[name])
         for name, runs in all_found.items()

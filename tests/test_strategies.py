@@ -5,9 +5,9 @@ import pytest
 
 from hwnas.errors import InputError
 from hwnas.layers import LayerSums
+from hwnas.searching.fronts import by_rank, gains, running_hypervolume
 from hwnas.searching.strategies import Scored, Strategy, make_strategy, strategy_names
 from hwnas.searching.strategies.accuracy_model import AccuracyModel, Features, Posterior
-from hwnas.searching.strategies.fronts import by_rank, gains, hypervolume
 from hwnas.searching.strategies.sampling import FeasibleSampler
 from hwnas.space import Architecture, SearchSpace
 
@@ -26,6 +26,10 @@ def accuracies(genes):
     kernels = (genes == 1).mean(axis=1)
     detail = genes[:, 0] / 3
     return np.log(MACS(genes)[:, 0]) / 20 + 0.02 * detail * depth / 10 - 0.05 * (kernels - 0.3 * detail) ** 2
+
+
+def hypervolume(accuracies, sizes):
+    return running_hypervolume(sizes, accuracies)[-1]
 
 
 def accuracy(arch: Architecture) -> float:

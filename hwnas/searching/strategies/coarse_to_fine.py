@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from hwnas.searching.fronts import by_rank
 from hwnas.searching.strategies.base import Feasible, Scored, Size, Strategy
-from hwnas.searching.strategies.fronts import by_rank
 from hwnas.space import Architecture, Genes, SearchSpace
 
 MUTATIONS = 128  # drawn at once

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from hwnas.searching.fronts import by_rank
 from hwnas.searching.strategies.base import Scored, Strategy
-from hwnas.searching.strategies.fronts import by_rank
 from hwnas.space import Architecture, Genes
 
 ROUNDS = 20

@@ -9,10 +9,10 @@ from itertools import chain, islice
 import numpy as np
 from numpy.typing import NDArray
 
+from hwnas.searching.fronts import by_rank, gains
 from hwnas.searching.strategies.accuracy_model import AccuracyModel, Features, Posterior
 from hwnas.searching.strategies.base import Scored, Strategy, unseen
 from hwnas.searching.strategies.coarse_to_fine import skeletons
-from hwnas.searching.strategies.fronts import by_rank, gains
 from hwnas.space import Architecture, FloatArray, Genes
 
 FIRST = 16  # evaluated before there is a model
