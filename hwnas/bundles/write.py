@@ -112,7 +112,9 @@ def write_bundle(
         if told.front is not None:
             write_text(work / PLOT, plot(told.front))
         write_text(work / "README.md", card(manifest, told.front, " ".join(exporter.packages)))
-        manifest = replace(manifest, files=tuple(map(_file, sorted(work.iterdir()))))
+        known = {file.name: file for file in manifest.files}
+        files = tuple(known.get(path.name) or _file(path) for path in sorted(work.iterdir()))
+        manifest = replace(manifest, files=files)
         write_text(work / MANIFEST, json.dumps(manifest.to_dict(), indent=2) + "\n")
     return manifest
 

@@ -156,19 +156,20 @@ def extreme(space: SearchSpace, objective: Callable[[Genes], Floats], seed: int 
     """
     rng = np.random.default_rng(seed)
     sizes = np.array([len(gene.choices) for gene in space.genes])
-    drawn = (rng.random((DRAWS, len(sizes))) * sizes).astype(np.int8)  # genes of absent blocks too, for greater depths
+    drawn = space.draw_genes(DRAWS, rng)  # genes of absent blocks too, for greater depths
 
     def values(complete: Genes) -> Floats:
         return objective(space.mask_absent(complete.copy()))
 
     starts = [np.zeros(len(sizes), np.int8), (sizes - 1).astype(np.int8), drawn[np.argmin(values(drawn))]]
-    best = min((_descend(start, sizes, values, rng) for start in starts), key=lambda found: found[1])
+    best = min((_descend(start, space, values, rng) for start in starts), key=lambda found: found[1])
     return space.mask_absent(best[0][None].copy())[0], best[1]
 
 
 def _descend(
-    row: Genes, sizes: NDArray[np.int64], values: Callable[[Genes], Floats], rng: np.random.Generator
+    row: Genes, space: SearchSpace, values: Callable[[Genes], Floats], rng: np.random.Generator
 ) -> tuple[Genes, float]:
+    sizes = np.array([len(gene.choices) for gene in space.genes])
     where = np.repeat(np.arange(len(sizes)), sizes)
     what = np.concatenate([np.arange(size) for size in sizes]).astype(np.int8)
     best = float(values(row[None])[0])
@@ -178,7 +179,7 @@ def _descend(
         costs = values(single)
         if costs.min() >= best:
             anew = rng.random((TRIES, len(sizes))) < min(1.0, 3 / len(sizes))
-            single = np.where(anew, (rng.random(anew.shape) * sizes).astype(np.int8), row)
+            single = np.where(anew, space.draw_genes(TRIES, rng), row)
             costs = values(single)
             if costs.min() >= best:
                 return row, best
