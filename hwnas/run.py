@@ -231,6 +231,11 @@ class Run:
             raise InputError(f"{path}: is for another space: run `hwnas profile --device {device}`")
         return predictor
 
+    def results(self) -> list[Path]:
+        """What searches have left, single answers and portfolios, the last one last."""
+        paths = (self.path / "results").glob("*.json")
+        return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+
     def result_path(self, name: str) -> Path:
         """Where a search's result is, or will be."""
         return self.path / "results" / f"{name}.json"

@@ -346,13 +346,13 @@ class _Job:
         return told
 
     def _latency(self, device: Device, file: Path, *, must: bool) -> Latency | None:
+        known = self._predicted(device)
         try:
-            return _measure_file(self._run, self._arch, device, file, self._predicted(device))
+            return _measure_file(self._run, self._arch, device, file, known)
         except DeviceError as error:
             if must:
                 raise
             self._notice(f"the file is not measured: {error}")
-            known = self._predicted(device)
             return None if known.predicted_ms is None else known
 
     def _predicted(self, device: Device) -> Latency:
@@ -461,7 +461,7 @@ def last_results(run: str | Path | None = None) -> list[str]:
 
 def _finished(run: Run) -> list[Path]:
     """What searches have left, the last one last."""
-    paths = sorted((run.path / "results").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    paths = run.results()
     if not paths:
         raise InputError(f"no finished search in {run.path}: run `hwnas search --device cpu --latency-ms ...` first")
     return paths

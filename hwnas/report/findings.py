@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hwnas.config import read_json
@@ -40,7 +39,7 @@ class Findings:
 
     def __init__(self, run: Run) -> None:
         self.run, self._layers = run, LayerCosts(run.space)
-        documents = {path.stem: read_json(path) for path in _by_age(run.path / "results", "*.json")}
+        documents = {path.stem: read_json(path) for path in run.results()}
         self.portfolios: dict[str, Any] = {
             name: document for name, document in documents.items() if name.startswith(PORTFOLIO)
         }
@@ -122,10 +121,6 @@ class Findings:
             mean, std = self.predictors[device].predict(archs)
             points += fit_points("finalist", archs, [m.latency_ms for m in later], mean, std)
         return points
-
-
-def _by_age(folder: Path, pattern: str) -> list[Path]:
-    return sorted(folder.glob(pattern), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
 def _candidates(result: Result) -> Iterable[Candidate]:
