@@ -22,8 +22,8 @@ import pytest
 from numpy.typing import NDArray
 
 from hwnas.devices.base import Device, RunTimes, Timing
-from hwnas.errors import DeviceError, ExportError
-from hwnas.exporters.base import Exporter, exporter, random_tensors, write_random
+from hwnas.errors import DeviceError, ExportError, InputError
+from hwnas.exporters.base import Exporter, Pixels, exporter, random_tensors, write_random
 from hwnas.files import parts
 from hwnas.layers import IMAGE, Kind, Layer, lower, total_macs
 from hwnas.space import Activation, SearchSpace
@@ -364,6 +364,50 @@ class ExporterContract:
         assert logits.shape == (3, space.num_classes)
         np.testing.assert_allclose(exporter.infer(path, images[1:2])[0], logits[1], rtol=1e-4, atol=1e-5)
         assert not np.allclose(logits[0], logits[1])
+
+    def test_batches(self, exporter: Exporter, tmp_path: Path) -> None:
+        """A file of several images, or any number, gives each the logits that it gets by itself."""
+        layers = lower(self.space(), self.space().smallest())
+        network, images = trained_network(layers), random_images(layers, 7, seed=1)
+        tensors = tensors_with_ranges(layers, network, images)
+        path = tmp_path / f"model{exporter.suffix}"
+        exporter.write(layers, tensors, path)
+        expected = exporter.infer(path, images)
+        for batch, able in ((3, exporter.batches != "one"), (None, exporter.batches == "any")):
+            if not able:
+                with pytest.raises(InputError, match=f"{exporter.format} take .* at a time, not {batch or 'any'}"):
+                    exporter.but(batch=batch)
+                continue
+            other = exporter.but(batch=batch)
+            other.write(layers, tensors, path)
+            for count in (1, 7):
+                found = other.infer(path, images[:count])
+                np.testing.assert_allclose(found, expected[:count], rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+    def test_pixels(self, exporter: Exporter, tmp_path: Path) -> None:
+        """A file that takes pixels normalises them as the preprocessing does; its padding stays zero after that."""
+        layers = lower(self.space(), self.space().smallest())
+        pixels = Pixels((0.1, 0.5, 0.9)[: layers[0].in_channels], (0.2, 0.4, 0.3)[: layers[0].in_channels])
+        if exporter.pixel_input is None:
+            with pytest.raises(InputError, match=f"{exporter.format} cannot take pixels"):
+                exporter.but(pixels=pixels)
+            return
+        shape = (8, layers[0].in_channels, layers[0].in_size, layers[0].in_size)
+        some = np.random.default_rng(1).integers(0, 256, shape).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32).reshape(-1, 1, 1) for values in (pixels.mean, pixels.std))
+        images = ((some / 255 - mean) / std).astype(np.float32)
+        network = trained_network(layers)
+        tensors, path = tensors_with_ranges(layers, network, images), tmp_path / f"model{exporter.suffix}"
+        exporter.write(layers, tensors, path)
+        expected = exporter.infer(path, images)
+        other = exporter.but(pixels=pixels)
+        assert other.takes == exporter.pixel_input
+        other.write(layers, tensors, path)
+        found = other.infer(path, images)
+        if exporter.precision == "fp32":
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        else:
+            assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.99
 
     def test_refuses_incomplete_networks(self, exporter: Exporter, tmp_path: Path) -> None:
         """Missing or misshapen tensors are named, and no file is written."""

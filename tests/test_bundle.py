@@ -29,7 +29,7 @@ from hwnas.cli import main
 from hwnas.data.images import centre
 from hwnas.data.splits import Preprocessing, TensorSplit, plain, resize
 from hwnas.errors import ExportError, InputError
-from hwnas.exporters.base import exporter
+from hwnas.exporters.base import Form, exporter
 from hwnas.exporters.onnx import OnnxExporter
 from hwnas.layers import lower
 from hwnas.space import SearchSpace
@@ -154,7 +154,7 @@ def test_preprocessing_of_grey_images():
     split = TensorSplit(torch.from_numpy(stored), torch.zeros(5, dtype=torch.int64), plain(28, 1))
     how = ImagePreprocessing(channels=1, size=28, resolution=28, mean=(0.3,), std=(0.2,))
     expected = resize(split.load(torch.arange(5)), 28, replace(plain(28, 1), mean=how.mean, std=how.std)).numpy()
-    manifest = {"preprocessing": vars_of(how), "input": {"layout": "NCHW"}}
+    manifest = {"preprocessing": vars_of(how), "input": {"layout": "NCHW", "dtype": "float32", "values": "normalised"}}
     found = np.concatenate([preprocess(Image.fromarray(image[0]), manifest) for image in stored])
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -317,7 +317,7 @@ def flip(path):
         (lambda b: (b / MANIFEST).unlink(), "is not a bundle of hwnas: it has no manifest.json"),
         (lambda b: (b / MANIFEST).write_text("{"), "manifest.json is not JSON"),
         (lambda b: (b / MANIFEST).write_text("[]"), "manifest.json has schema None"),
-        (lambda b: edit(b, schema=99), "has schema 99, this hwnas reads 2"),
+        (lambda b: edit(b, schema=99), "has schema 99, this hwnas reads 3"),
         (lambda b: edit(b, classes=["one"]), "there are 1 classes, but 7 logits"),
         (lambda b: edit(b, secret=1), "secret: is not a known key here"),
         (lambda b: edit(b, macs="many"), "macs: .*not 'many'"),
@@ -562,7 +562,7 @@ def test_the_wrong_layer_on_a_shortcut_is_named():
 def test_the_wrong_layer_of_an_int8_file_is_named(tmp_path):
     space = tiny_space()
     network = trained_network(lower(space, space.largest()))
-    writer = corrupting(OnnxExporter, "stage3.block2.expand", factor=-1)("int8")
+    writer = corrupting(OnnxExporter, "stage3.block2.expand", factor=-1)(Form(precision="int8"))
     with pytest.raises(ExportError, match=r"the first layer that is wrong is stage3\.block2\.expand"):
         write(network, tmp_path / "bundle", writer=writer)
 
@@ -628,9 +628,9 @@ def test_sensitive_blocks_stay_in_float32(quantised):
     whole = exporter("onnx", "int8")
     writer, found = within_drop(network, tensors, whole, images[:16], accuracy, least=0.9)
     assert found >= 0.9
-    assert "stage2.block1.depthwise" in writer.keep
-    assert len(writer.keep) < len(network.layers)
-    assert within_drop(network, tensors, whole, images[:16], accuracy, least=0.0)[0].keep == frozenset()
+    assert "stage2.block1.depthwise" in writer.form.keep
+    assert len(writer.form.keep) < len(network.layers)
+    assert within_drop(network, tensors, whole, images[:16], accuracy, least=0.0)[0].form.keep == frozenset()
 
 
 def test_a_format_that_cannot_mix_says_so(quantised):

@@ -19,7 +19,7 @@ from hwnas.devices.runtimes.ncnn import VULKAN_CPU, Runtime
 from hwnas.devices.transports.host import Host
 from hwnas.devices.worker_device import WorkerDevice
 from hwnas.errors import DeviceError, ExportError, InputError
-from hwnas.exporters.base import exporter, folded, random_tensors
+from hwnas.exporters.base import Form, exporter, folded, random_tensors
 from hwnas.exporters.ncnn import NcnnExporter
 from hwnas.layers import Layer, lower
 from hwnas.network import function, run
@@ -75,11 +75,11 @@ def int8_logits(layers, path):
     """Of the file, of the ideal int8, and of the network, (8, num_classes); the ranges are those of the images."""
     network, images = trained_network(layers), random_images(layers, 8, seed=1)
     tensors = tensors_with_ranges(layers, network, images)
-    NcnnExporter("int8").write(layers, tensors, path)
+    NcnnExporter(Form(precision="int8")).write(layers, tensors, path)
     inputs = torch.from_numpy(images)
     expected = network(inputs).numpy()
     assert np.ptp(expected) > 0
-    return NcnnExporter("int8").infer(path, images), quantised(layers, tensors, inputs), expected
+    return NcnnExporter(Form(precision="int8")).infer(path, images), quantised(layers, tensors, inputs), expected
 
 
 # ncnn's depthwise kernels for x86 divide by the scales with rcpps, which is that inexact (Intel: 1.5 * 2**-12).
@@ -198,7 +198,7 @@ def test_scale_is_by_channel(channels, size, tmp_path):
 
 def smallest(precision="fp32"):
     layers = lower(tiny_space(), tiny_space().smallest())
-    return NcnnExporter(precision), layers, random_tensors(layers, np.random.default_rng(0))
+    return NcnnExporter(Form(precision=precision)), layers, random_tensors(layers, np.random.default_rng(0))
 
 
 def test_graph_is_valid(tmp_path):
@@ -236,7 +236,7 @@ def test_int8_weights_take_a_quarter(tmp_path):
     layers = lower(space, space.largest())
     tensors = random_tensors(layers, np.random.default_rng(0))
     for precision in ("fp32", "int8"):
-        NcnnExporter(precision).write(layers, tensors, tmp_path / f"{precision}.param")
+        NcnnExporter(Form(precision=precision)).write(layers, tensors, tmp_path / f"{precision}.param")
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.bin")}
     assert sizes["int8"] < 0.3 * sizes["fp32"]
 
@@ -298,7 +298,7 @@ def test_without_the_package(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match=r"pip install 'hwnas\[ncnn\]'"):
         NcnnExporter().infer(tmp_path / "m.param", np.zeros((1, 1, 8, 8), dtype=np.float32))
     with pytest.raises(InputError, match="format ncnn has no precision 'fp16', only fp32, int8"):
-        NcnnExporter("fp16")
+        NcnnExporter(Form(precision="fp16"))
 
 
 # -------------------------------------------------------------------- the runtime

@@ -12,7 +12,7 @@ import torch
 
 from hwnas.devices import load_device
 from hwnas.errors import ExportError, InputError
-from hwnas.exporters.base import exporter, random_tensors
+from hwnas.exporters.base import Form, exporter, random_tensors
 from hwnas.exporters.tflite import TfliteExporter
 from hwnas.layers import IMAGE, Layer, lower
 from hwnas.space import SearchSpace
@@ -95,7 +95,7 @@ def test_average_pool_of_every_size(size, precision, path):
         "classifier.weight": np.eye(3, dtype=np.float32),
         "classifier.bias": np.zeros(3, dtype=np.float32),
     } | {f"{name}.range": np.array([0, 1], dtype=np.float32) for name in (IMAGE, "a", "b", "pool", "classifier")}
-    TfliteExporter(precision).write(layers, tensors, path)
+    TfliteExporter(Form(precision=precision)).write(layers, tensors, path)
     pixels = np.eye(size * size, dtype=np.float32).reshape(-1, 1, size, size).repeat(3, axis=1)
     means = torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)(torch.from_numpy(pixels))
     expected = means.mean((2, 3)).numpy()
@@ -110,7 +110,7 @@ def test_xnnpack_takes_the_network(name, precision, path):
     """All of it in one part; but it has no average pool of int8."""
     space = SearchSpace.load(name)
     layers = lower(space, replace(space.smallest(), resolution=64))
-    TfliteExporter(precision).write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+    TfliteExporter(Form(precision=precision)).write(layers, random_tensors(layers, np.random.default_rng(0)), path)
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     image, logits = (d()[0]["index"] for d in (interpreter.get_input_details, interpreter.get_output_details))
@@ -127,7 +127,9 @@ def test_xnnpack_takes_the_network(name, precision, path):
 def test_file_is_what_the_schema_says(precision, path):
     space = SearchSpace.load("ofa-mbv3")
     layers = lower(space, space.smallest())
-    artifact = TfliteExporter(precision).write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+    artifact = TfliteExporter(Form(precision=precision)).write(
+        layers, random_tensors(layers, np.random.default_rng(0)), path
+    )
     data = path.read_bytes()
     assert artifact.sha256 == hashlib.sha256(data).hexdigest()
     assert schema.Model.ModelBufferHasIdentifier(data, 0)
@@ -155,7 +157,7 @@ def test_file_is_what_the_schema_says(precision, path):
 def int8_logits(layers, network, path, ranges_of):
     """Of the network and of its file, (32, num_classes), on images of seed 1; ranges of those of `ranges_of`."""
     tensors = tensors_with_ranges(layers, network, random_images(layers, 32, seed=ranges_of))
-    TfliteExporter("int8").write(layers, tensors, path)
+    TfliteExporter(Form(precision="int8")).write(layers, tensors, path)
     images = random_images(layers, 32, seed=1)
     return network(torch.from_numpy(images)).numpy(), TfliteExporter().infer(path, images)
 
@@ -207,7 +209,7 @@ def test_int8_grids(path):
     tensors = random_tensors(layers, np.random.default_rng(0))
     tensors["stem.range"] = np.array([0.5, 4.0], dtype=np.float32)
     tensors["stage1.block1.project.range"] = np.array([-5.0, -1.0], dtype=np.float32)
-    TfliteExporter("int8").write(layers, tensors, path)
+    TfliteExporter(Form(precision="int8")).write(layers, tensors, path)
     found = grids(path)
     assert found["stem"] == (pytest.approx(4 / 255), -128)
     assert found["stage1.block1.project"] == (pytest.approx(5 / 255), 127)
@@ -234,7 +236,7 @@ def test_int8_channels_that_are_nothing_but_their_bias(path):
         "classifier.weight": np.eye(4, dtype=np.float32),
         "classifier.bias": np.zeros(4, dtype=np.float32),
     } | {f"{name}.range": np.array(value, dtype=np.float32) for name, value in values.items()}
-    TfliteExporter("int8").write(layers, tensors, path)
+    TfliteExporter(Form(precision="int8")).write(layers, tensors, path)
     flat = np.ones((1, 2, 3, 3), dtype=np.float32)
     np.testing.assert_allclose(TfliteExporter().infer(path, flat)[0], bias, atol=0.04)
 
@@ -244,7 +246,7 @@ def test_int8_needs_ranges(path):
     tensors = random_tensors(layers, np.random.default_rng(0))
     for name in ("image.range", "stem.preactivation.range", "classifier.range"):
         with pytest.raises(ExportError, match=f"no tensor '{name}'"):
-            TfliteExporter("int8").write(layers, {k: v for k, v in tensors.items() if k != name}, path)
+            TfliteExporter(Form(precision="int8")).write(layers, {k: v for k, v in tensors.items() if k != name}, path)
     assert not path.exists()
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hwnas.api.catalogue import open_device
 from hwnas.api.costs import read_architecture
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hwnas.bundles.write import About
     from hwnas.data import Split
     from hwnas.data.torch_dataset import TorchDatasets
-    from hwnas.exporters.base import Artifact, Exporter
+    from hwnas.exporters.base import Artifact, Exporter, Pixels
     from hwnas.searching.result import Result
 
 NUM_RANGED = 512  # calibration images for the ranges of int8, in batches of 64: see docs/export.md
@@ -51,6 +51,8 @@ def export(
     arch: str | Path | Architecture | None = None,
     device: str | None = None,
     output: str | Path | None = None,
+    batch: int | Literal["any"] = 1,
+    pixels: bool = False,
     num_parity_images: int = 64,
     data: TorchDatasets | None = None,
     notice: Notice = unheard,
@@ -70,6 +72,8 @@ def export(
         arch: a child of your own in its place: an architecture, `smallest`, `biggest`, or a file.
         device: where to measure the file; by default the search's device, if it takes such files and can be reached.
         output: the bundle: a folder, or a zip file if it ends in `.zip`; by default `exports/<name>` in the run.
+        batch: images that one call of the file takes; `any` for any number, where the format can.
+        pixels: whether the file takes pixels (bytes, NHWC, where the format has them) and normalises them itself.
         num_parity_images: test images to compare logits on.
         data: what the run was trained on, if that was a dataset of PyTorch.
         notice: told what a user should know.
@@ -93,6 +97,8 @@ def export(
         arch=arch,
         device=device,
         output=output,
+        batch=batch,
+        pixels=pixels,
         num_parity_images=num_parity_images,
         data=data,
         notice=notice,
@@ -110,6 +116,8 @@ def export_all(
     arch: str | Path | Architecture | None = None,
     device: str | None = None,
     output: str | Path | None = None,
+    batch: int | Literal["any"] = 1,
+    pixels: bool = False,
     num_parity_images: int = 64,
     data: TorchDatasets | None = None,
     notice: Notice = unheard,
@@ -125,6 +133,8 @@ def export_all(
         arch: likewise.
         device: it measures those of the files that it takes.
         output: likewise.
+        batch: likewise.
+        pixels: likewise.
         num_parity_images: likewise.
         data: likewise.
         notice: likewise.
@@ -135,7 +145,7 @@ def export_all(
         DeviceError: see `export`.
     """
     from hwnas.bundles.write import check_target, write_bundle
-    from hwnas.exporters.base import exporter
+    from hwnas.exporters.base import Pixels, exporter
 
     if len({*formats}) != len(formats):
         raise InputError(f"formats {', '.join(formats)}: one is there twice")
@@ -158,7 +168,8 @@ def export_all(
         if precision is None:
             taken = target_device is not None and target_device.accepts in formats
             precision = target_device.file_precision if taken and target_device is not None else "fp32"
-        exporters = [exporter(format, precision) for format in formats]
+        num_images, some = None if batch == "any" else batch, Pixels((), ()) if pixels else None
+        exporters = [exporter(format, precision, batch=num_images, pixels=some) for format in formats]
         for writer in exporters:
             _check_installed(writer)
         if asked and target_device is not None:
@@ -173,13 +184,13 @@ def export_all(
         job = _Job(opened, child_arch, found, data, precision, max_accuracy_drop, notice)
         images = job.images(job.evaluator.data.test, num_parity_images)
         made = []
-        for format, target in zip(formats, targets, strict=True):
-            writer, accuracy = job.exporter(format)
+        for plain, target in zip(exporters, targets, strict=True):
+            writer, accuracy = job.accurate(plain.but(pixels=job.pixels) if pixels else plain)
             fits = target_device is not None and writer.suits(target_device.accepts, target_device.file_precision)
             if target_device is not None and not fits:
                 notice(
-                    f"the {precision} {format} file is not measured: device {target_device.name!r} takes "
-                    f"{target_device.file_precision} {target_device.accepts} files"
+                    f"the {precision} {writer.format} file is not measured: device {target_device.name!r} takes "
+                    f"{target_device.file_precision} {target_device.accepts} files of one normalised image"
                 )
             bench = target_device if fits else None
             about = job.about(writer, accuracy, bench, must=asked)
@@ -266,15 +277,20 @@ class _Job:
         score = self.evaluator.score(self._child, self._arch, self.evaluator.data.test)
         return Accuracy(split="test", value=score.accuracy, num_images=score.num_images, computed_by="torch")
 
-    def exporter(self, format: str) -> tuple[Exporter, Callable[[Path], Accuracy]]:
-        """The exporter of a format, and what gives the test accuracy of its file.
+    @property
+    def pixels(self) -> Pixels:
+        """How the network's images are normalised."""
+        from hwnas.exporters.base import Pixels
+
+        how = self.evaluator.data.preprocessing
+        return Pixels(tuple(how.mean), tuple(how.std))
+
+    def accurate(self, writer: Exporter) -> tuple[Exporter, Callable[[Path], Accuracy]]:
+        """The exporter, with layers in float32 as needed, and what gives the test accuracy of its file.
 
         Raises:
             ExportError: in this precision the network loses more accuracy than is allowed.
         """
-        from hwnas.exporters.base import exporter
-
-        writer = exporter(format, self._precision)
         if self._precision == "fp32":
             return writer, lambda path: self.test
         if self._drop is not None:
@@ -295,7 +311,11 @@ class _Job:
         )
         self._notice(
             f"{writer.format}: validation accuracy {accuracy:.2%} in {writer.precision}, {self.validation:.2%} in fp32"
-            + (f"; {len(found.keep)} of {len(self.child.layers)} layers stay in float32" if found.keep else "")
+            + (
+                f"; {len(found.form.keep)} of {len(self.child.layers)} layers stay in float32"
+                if found.form.keep
+                else ""
+            )
         )
         return found
 

@@ -50,13 +50,17 @@ def card(manifest: Manifest, front: Front | None, install: str) -> str:
         ("architecture", f"{m.architecture_text}, of space {m.space}"),
         ("size", f"{m.macs / 1e6:,.2f} M multiply-adds, {m.params / 1e6:,.3f} M parameters"),
         ("checked", f"in {m.parity.runtime}, against the trained network: {m.parity}"),
-        ("input", f"`{m.input.name}`, float32 {list(m.input.shape)} ({m.input.layout})"),
+        ("input", f"`{m.input.name}`, {m.input.dtype} {m.input.layout} {_shape(m.input.shape)}, "
+                  f"{m.input.values}"),
         ("preprocessing", f"{'grey' if how.channels == 1 else 'RGB'}; {shorter} {how.size} x {how.size}{final}, "
                           f"bicubic; (pixel / 255 - {list(how.mean)}) / {list(how.std)}"),
         ("output", f"`{m.output.name}`, {m.output.shape[1]} logits"),
         ("trained on", str(m.training.get("data", "?"))),
         ("limits", "; ".join(_limit(limit) for limit in m.limits) or "none"),
     ]  # fmt: skip
+    if m.input.values == "pixels":
+        rows = [(name, f"{text}, the last step in the file itself" if name == "preprocessing" else text)
+                for name, text in rows]  # fmt: skip
     if m.file.float32_layers:
         rows.insert(1, ("kept in float32", ", ".join(m.file.float32_layers)))
     shown = ", ".join(m.classes[:20]) + (f", ... ({len(m.classes)} in all)" if len(m.classes) > 20 else "")
@@ -120,6 +124,10 @@ def _ends(values: Sequence[float]) -> list[float]:
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _shape(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("any" if side is None else str(side) for side in shape) + ")"
 
 
 def _latency(m: Manifest) -> str:

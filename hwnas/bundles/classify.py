@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # an image (1, ...) to logits (1, num_classes)
+Run = Callable[[NDArray[Any]], NDArray[np.float32]]  # images to logits (num_images, num_classes)
 
 
 def pixels(image: Image.Image, how: dict[str, Any]) -> NDArray[np.uint8]:
@@ -33,14 +33,19 @@ def pixels(image: Image.Image, how: dict[str, Any]) -> NDArray[np.uint8]:
     return np.asarray(image).reshape(how["resolution"], how["resolution"], how["channels"])
 
 
-def preprocess(image: Image.Image, manifest: dict[str, Any]) -> NDArray[np.float32]:
-    """The network's input, (1, ...) float32, of any image."""
-    how = manifest["preprocessing"]
+def normalised(image: Image.Image, how: dict[str, Any]) -> NDArray[np.float32]:
+    """(resolution, resolution, channels) float32 of any image, by the manifest's `preprocessing`."""
     mean, std = np.float32(how["mean"]), np.float32(how["std"])
-    values = (pixels(image, how).astype(np.float32) / np.float32(255) - mean) / std
-    if manifest["input"]["layout"] == "NCHW":
+    return (pixels(image, how).astype(np.float32) / np.float32(255) - mean) / std
+
+
+def preprocess(image: Image.Image, manifest: dict[str, Any]) -> NDArray[Any]:
+    """What the network's file takes, (1, ...), of any image."""
+    wanted = manifest["input"]
+    values = (normalised if wanted["values"] == "normalised" else pixels)(image, manifest["preprocessing"])
+    if wanted["layout"] == "NCHW":
         values = values.transpose(2, 0, 1)
-    return np.ascontiguousarray(values[None])
+    return np.ascontiguousarray(values[None], dtype=wanted["dtype"])
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -55,8 +60,9 @@ def main(load: Callable[[Path], Run], folder: Path, paths: list[str]) -> None:
         sys.exit("usage: python run.py IMAGE...")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     run = load(folder / manifest["file"]["name"])
+    batch = manifest["input"]["shape"][0] or 1  # that many copies, where the file takes so many at a time
     for path in paths:
         with Image.open(path) as image:
-            probabilities = softmax(run(preprocess(image, manifest)))[0]
+            probabilities = softmax(run(preprocess(image, manifest).repeat(batch, axis=0)))[0]
         best = probabilities.argsort()[::-1][:3]
         print(f"{path}: " + ", ".join(f"{manifest['classes'][i]} {probabilities[i]:.1%}" for i in best))

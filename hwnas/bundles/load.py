@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hwnas.bundles.classify import preprocess, softmax
+from hwnas.bundles.classify import normalised, softmax
 from hwnas.bundles.manifest import CHECK, MANIFEST, File, Manifest, read_manifest
 from hwnas.bundles.parity import GATES, Parity
 from hwnas.errors import ExportError, InputError
-from hwnas.exporters.base import exporter, formats
+from hwnas.exporters.base import Pixels, exporter, formats
 
 MANIFEST_BYTES = 16 * 2**20  # at most
 CHUNK_BYTES = 2**20
@@ -68,7 +68,16 @@ class Bundle:
         if file.format not in formats() or file.precision not in GATES:
             raise ExportError(f"{self.path}: this hwnas knows no {file.precision} {file.format} files")
         self._folder = folder
-        self._exporter = exporter(file.format)
+        taken, how = self.manifest.input, self.manifest.preprocessing
+        try:
+            self._exporter = exporter(
+                file.format,
+                file.precision,
+                batch=taken.shape[0],
+                pixels=Pixels(how.mean, how.std) if taken.values == "pixels" else None,
+            )
+        except InputError as error:
+            raise ExportError(f"{self.path}: its {MANIFEST} contradicts itself: {error}") from None
         self._run = self._exporter.runner(folder / file.name)
 
     def predict(self, images: NDArray[np.uint8] | Iterable[str | Path | Image.Image]) -> Prediction:
@@ -82,12 +91,11 @@ class Bundle:
             InputError: they are something else, or a file is no image.
             ExportError: the runtime fails.
         """
-        manifest = self.manifest.to_dict()
-        inputs = [preprocess(image, manifest) for image in map(_opened, _each(images))]
+        how = self.manifest.to_dict()["preprocessing"]
+        inputs = [normalised(image, how) for image in map(_opened, _each(images))]
         if not inputs:
             raise InputError("there are no images to classify")
-        stacked = np.concatenate(inputs)
-        logits = self._run(stacked if self.manifest.input.layout == "NCHW" else stacked.transpose(0, 3, 1, 2))
+        logits = self._run(np.stack(inputs).transpose(0, 3, 1, 2))
         best = tuple(self.class_names[index] for index in logits.argmax(1))
         return Prediction(best, softmax(logits), logits)
 

@@ -15,7 +15,7 @@ from hwnas.bundles.parity import Parity
 from hwnas.config import check
 from hwnas.errors import ExportError, InputError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 CHECK = "check.npz"
 
@@ -63,21 +63,30 @@ class ModelFile:
 @_strict
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """The network's input, float32: `shape` in the order of `layout`."""
+    """The network's input.
+
+    Attributes:
+        name: in formats that have names.
+        shape: in the order of `layout`; the number of images is None where the file takes any.
+        layout: of the axes.
+        dtype: of the elements.
+        values: whether the file takes what the preprocessing gives in the end, or the pixels before `mean` and `std`.
+    """
 
     name: str
-    shape: tuple[int, int, int, int]
+    shape: tuple[int | None, int, int, int]
     layout: Literal["NCHW", "NHWC"]
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "uint8"]
+    values: Literal["normalised", "pixels"]
 
 
 @_strict
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """The network's output: logits of the classes, (1, num_classes) float32."""
+    """The network's output: logits of the classes, (num_images, num_classes) float32; None images for any number."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int | None, int]
     dtype: Literal["float32"] = "float32"
 
 
@@ -200,7 +209,7 @@ class Manifest:
         if len(self.classes) != self.output.shape[1]:
             raise ValueError(f"there are {len(self.classes)} classes, but {self.output.shape[1]} logits")
         side, channels = self.preprocessing.resolution, self.preprocessing.channels
-        shape = {"N": 1, "C": channels, "H": side, "W": side}
+        shape = {"N": self.output.shape[0], "C": channels, "H": side, "W": side}
         if self.input.shape != tuple(shape[axis] for axis in self.input.layout):
             raise ValueError(f"input.shape={self.input.shape} does not fit the preprocessing")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Exporter, exporter
+from hwnas.exporters.base import Exporter
 from hwnas.layers import IMAGE, Layer
 from hwnas.network import ACTIVATIONS, Network, function, run
 
@@ -82,18 +82,18 @@ def within_drop(
     with TemporaryDirectory() as folder:
 
         def write(keep: Iterable[str]) -> tuple[Exporter, Path]:
-            writer = exporter(whole.format, whole.precision, tuple(keep))
+            writer = whole.but(keep=frozenset(keep))
             return writer, writer.write(network.layers, tensors, Path(folder) / f"model{writer.suffix}").path
 
         _, path = write(())
         found = accuracy(whole, path)
         if found >= least:
             return whole, found
-        if not whole.mixes:
+        if not (whole.mixes and whole.precision.startswith("int8")):
             raise ExportError(
                 f"the {whole.precision} {whole.format} file has a validation accuracy of {found:.2%}, under "
-                f"the {least:.2%} that --max-accuracy-drop allows, and this format cannot keep layers in float32: "
-                "nothing was written; allow more, or export to onnx"
+                f"the {least:.2%} that --max-accuracy-drop allows, and such files cannot keep layers in float32: "
+                "nothing was written; allow more, or export int8 to onnx"
             )
 
         with torch.inference_mode():

@@ -192,8 +192,9 @@ def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Pa
             f"the network has {last.out_channels} classes, but the data has {len(told.classes)}: export with the data "
             "that it was trained on"
         )
-    shape = {"N": 1, "C": first.in_channels, "H": first.in_size, "W": first.in_size}
-    a, b, c, d = (shape[axis] for axis in exporter.layout)
+    batch, (layout, dtype) = exporter.form.batch, exporter.takes
+    channels, side = first.in_channels, first.in_size
+    shape = (batch, channels, side, side) if layout == "NCHW" else (batch, side, side, channels)
     written = [_file(path) for path in sorted(artifact.path.parent.iterdir())]
     return Manifest(
         schema=SCHEMA,
@@ -203,11 +204,17 @@ def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Pa
             parts=tuple(path.name for path in files),
             format=artifact.format,
             precision=artifact.precision,
-            float32_layers=tuple(layer.name for layer in child.layers if layer.name in exporter.keep),
+            float32_layers=tuple(layer.name for layer in child.layers if layer.name in exporter.form.keep),
             size_bytes=sum(path.stat().st_size for path in files),
         ),
-        input=Input(name=IMAGE, shape=(a, b, c, d), layout=exporter.layout),
-        output=Output(name=LOGITS, shape=(1, last.out_channels)),
+        input=Input(
+            name=IMAGE,
+            shape=shape,
+            layout=layout,
+            dtype=dtype,
+            values="normalised" if exporter.form.pixels is None else "pixels",
+        ),
+        output=Output(name=LOGITS, shape=(batch, last.out_channels)),
         preprocessing=told.preprocessing,
         classes=told.classes,
         architecture=dict(told.architecture),

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     click.option("--all", "every", is_flag=True, help="The winner for each device of the last search."),
     click.option("--arch", metavar="smallest|biggest|FILE", help="A child of your own, in place of a search's."),
     click.option("--device", metavar="NAME", help="Measure the file there [default: the search's device]."),
+    click.option("--batch", metavar="N|any", default="1", show_default=True, help="Images that one call takes."),
+    click.option("--pixels", is_flag=True, help="The file takes pixels (uint8), and normalises them itself."),
     click.option("--output", metavar="FOLDER|ZIP", help="The bundle [default: in the run folder]."),
     JSON,
 )  # fmt: skip
@@ -38,6 +40,8 @@ def export(
     arch: str | None,
     device: str | None,
     output: str | None,
+    batch: str,
+    pixels: bool,
     as_json: bool,
 ) -> None:
     """Write a child as a deployable bundle, checked against its parent."""
@@ -47,6 +51,8 @@ def export(
         raise InputError(
             "--all exports every winner into the run folder: leave out --result, --arch, --device, --output"
         )
+    if batch != "any" and not batch.isdecimal():
+        raise InputError(f"--batch {batch!r} is not a number of images: give 1 or more, or any")
     made = [
         bundle
         for name in (api.last_results(run) if every else [result])
@@ -59,6 +65,8 @@ def export(
             arch=arch,
             device=device,
             output=output,
+            batch="any" if batch == "any" else int(batch),
+            pixels=pixels,
             notice=notice,
         )
     ]

@@ -6,10 +6,10 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,11 @@ _EXPORTERS = {
     "torch": "hwnas.exporters.torch:TorchExporter",
 }
 T = TypeVar("T")
-Run: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
+NORMALISED = "normalised"  # the layer that a file of pixels starts with
 LOGITS = "logits"  # the output's name in formats that have names; the input's is `IMAGE`
 _POOL_SIZE = 65_537
+_ANY_BATCH = 16  # images in a call of a file that takes any number
 _RANGES = {  # of values within four standard deviations of 1, after an activation
     None: (-4.0, 4.0),
     "relu": (0.0, 4.0),
@@ -117,6 +119,77 @@ def file_bytes(layers: Iterable[Layer], format: str = "onnx", precision: str = "
     return size
 
 
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """Pixels as a file's input, 0 to 255, which it normalises itself: (pixel / 255 - mean) / std.
+
+    Attributes:
+        mean, std: by channel, in units where white is 1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def of(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The pixels, whole numbers, that became normalised images (num_images, channels, height, width)."""
+        mean, std = (np.array(values, dtype=np.float32).reshape(-1, 1, 1) for values in (self.mean, self.std))
+        return np.rint((images * std + mean) * 255).clip(0, 255)  # type: ignore[no-any-return]
+
+    def normalise(
+        self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]]
+    ) -> tuple[list[Layer], dict[str, NDArray[Any]]]:
+        """A network with the normalisation ahead of it, as a depthwise convolution of one pixel; and its tensors.
+
+        It is no part of the stem's convolution, whose padding is zero *after* normalisation.
+
+        Raises:
+            ExportError: the network has another number of channels.
+        """
+        first = layers[0]
+        if len(self.mean) != first.in_channels:
+            raise ExportError(f"the network takes {first.in_channels} channels, mean and std have {len(self.mean)}")
+        channels = first.in_channels
+        ahead = Layer(
+            name=NORMALISED, kind="conv", inputs=(IMAGE,), in_channels=channels, out_channels=channels,
+            in_size=first.in_size, groups=channels, bias=True,
+        )  # fmt: skip
+        mean, std = np.array(self.mean), np.array(self.std)
+        more: dict[str, NDArray[Any]] = {
+            f"{NORMALISED}.conv.weight": (1 / (255 * std)).astype(np.float32).reshape(ahead.weight_shape),
+            f"{NORMALISED}.conv.bias": (-mean / std).astype(np.float32),
+            f"{IMAGE}.range": np.array([0, 255], dtype=np.float32),
+        }
+        if f"{IMAGE}.range" in tensors:
+            more[f"{NORMALISED}.range"] = tensors[f"{IMAGE}.range"]
+        names = {IMAGE: NORMALISED}
+        rest = [replace(layer, inputs=tuple(names.get(name, name) for name in layer.inputs)) for layer in layers]
+        return [ahead, *rest], {**tensors, **more}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """What one file is like, among those of its format.
+
+    Attributes:
+        precision: one of the format's.
+        keep: names of layers that stay in float32 in an int8 file.
+        batch: images that one call takes; None for any number.
+        pixels: how the file normalises the pixels that it takes; None where it takes normalised images.
+    """
+
+    precision: str = "fp32"
+    keep: frozenset[str] = frozenset()
+    batch: int | None = 1
+    pixels: Pixels | None = None
+
+
+class Input(NamedTuple):
+    """The axes of a file's input in their order, and the type of its elements."""
+
+    layout: Literal["NCHW", "NHWC"]
+    dtype: Literal["float32", "uint8"]
+
+
 class Exporter(ABC):
     """Writes networks in one format.
 
@@ -125,47 +198,72 @@ class Exporter(ABC):
     runs the file without hwnas.
 
     Args:
-        precision: one of `precisions`.
-        keep: names of layers that stay in float32 in an int8 file, where `mixes` is true.
+        form: of the files.
 
     Attributes:
         format: the format's name, as the user writes it.
         file_format: as `Device.accepts` writes it; another one where a bundle of the format holds files of that.
         suffix: of its files, `.onnx`.
-        layout: of the files' input: NCHW, (1, in_channels, resolution, resolution), or NHWC.
-        precisions: that it can write: `fp32`, `int8` (weights per output channel, activations per tensor).
-        precision: that of the weights and the arithmetic in the files it writes.
+        input: of the files: NCHW, (batch, in_channels, resolution, resolution), or NHWC; float32.
+        pixel_input: the same where they take pixels; None where they cannot.
+        precisions: that it can write: `fp32`, `fp16`, `int8` (weights per output channel, activations per tensor).
+        batches: how many images one call of a file can take: `one`; a `fixed` number, chosen here; or `any` number.
         mixes: whether its int8 files can keep layers in float32.
         runtime: what runs the files, for messages.
         packages: of PyPI, that `load` needs beside numpy.
         extra: of hwnas, that brings them; empty where they come with it.
 
     Raises:
-        InputError: the format has no such precision, or cannot keep layers in float32.
+        InputError: the format has no such files.
     """
 
     format: ClassVar[str]
     file_format: ClassVar[str] = ""
     suffix: ClassVar[str]
-    layout: ClassVar[Literal["NCHW", "NHWC"]] = "NCHW"
+    input: ClassVar[Input] = Input("NCHW", "float32")
+    pixel_input: ClassVar[Input | None] = None
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    batches: ClassVar[Literal["one", "fixed", "any"]] = "one"
     mixes: ClassVar[bool] = False
     runtime: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str] = ""
 
-    def __init__(self, precision: str = "fp32", keep: Collection[str] = ()) -> None:
+    def __init__(self, form: Form = Form()) -> None:
+        name, precision, batch = self.format, form.precision, form.batch
         if precision not in self.precisions:
-            raise InputError(f"format {self.format} has no precision {precision!r}, only {', '.join(self.precisions)}")
-        if keep and not self.mixes:
-            raise InputError(f"format {self.format} cannot keep some layers in float32")
-        self.precision, self.keep = precision, frozenset(keep)
+            raise InputError(f"format {name} has no precision {precision!r}, only {', '.join(self.precisions)}")
+        if form.keep and not self.mixes:
+            raise InputError(f"format {name} cannot keep some layers in float32")
+        if form.keep and not precision.startswith("int8"):
+            raise InputError(f"layers stay in float32 in int8 files, not in {precision}: leave out keep")
+        if batch is not None and batch < 1:
+            raise InputError(f"batch={batch} is not a number of images: give 1 or more")
+        if (batch is None and self.batches != "any") or (batch != 1 and self.batches == "one"):
+            able = "one image" if self.batches == "one" else "a fixed number of images"
+            raise InputError(f"files of format {name} take {able} at a time, not {batch or 'any number'}")
+        if form.pixels is not None and self.pixel_input is None:
+            raise InputError(f"files of format {name} cannot take pixels, only normalised images")
+        self.form, self.precision = form, precision
+
+    @property
+    def takes(self) -> Input:
+        """The input of this exporter's files."""
+        return self.input if self.form.pixels is None else self.pixel_input or self.input
+
+    def but(self, **changes: Any) -> Exporter:
+        """An exporter of the same format, for files of a form with other fields.
+
+        Raises:
+            InputError: the format has no such files.
+        """
+        return type(self)(replace(self.form, **changes))
 
     def suits(self, accepts: str, precision: str) -> bool:
-        """Whether a device that takes files of a format and a precision takes those of this exporter."""
-        return (self.file_format or self.format, self.precision) == (accepts, precision)
+        """Whether a device that takes files of a format and a precision, of one normalised image, takes these."""
+        plain = self.form.batch == 1 and self.form.pixels is None
+        return plain and (self.file_format or self.format, self.precision) == (accepts, precision)
 
-    @abstractmethod
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """Write a network's file.
 
@@ -184,6 +282,17 @@ class Exporter(ABC):
             ExportError: a tensor is missing or has the wrong shape, or the format cannot express the network.
             OSError: the file cannot be written.
         """
+        if self.form.pixels is not None:
+            layers, tensors = self.form.pixels.normalise(layers, tensors)
+        return self._write(layers, tensors, path)
+
+    @abstractmethod
+    def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+        """`write` a network that starts with the normalisation where the file takes pixels.
+
+        The input is `takes`, for `form.batch` images; bytes have to become floating-point numbers, and the layers
+        compute in NCHW or NHWC as the format likes it.
+        """
 
     @staticmethod
     @abstractmethod
@@ -194,7 +303,7 @@ class Exporter(ABC):
         may raise anything.
 
         Returns:
-            A function from one image, in the layout of the file's input, to its logits, (1, num_classes).
+            A function from images, as many as the file takes and as its input is, to logits (batch, num_classes).
         """
 
     def runner(self, path: Path) -> Run:
@@ -213,10 +322,16 @@ class Exporter(ABC):
         run = self._explained(path, lambda: self.load(path))
 
         def infer(images: NDArray[np.float32]) -> NDArray[np.float32]:
-            inputs = images if self.layout == "NCHW" else images.transpose(0, 2, 3, 1)
-            return self._explained(
-                path, lambda: np.concatenate([run(np.ascontiguousarray(image[None])) for image in inputs])
-            )
+            inputs = images if self.form.pixels is None else self.form.pixels.of(images)
+            if self.takes.layout == "NHWC":
+                inputs = inputs.transpose(0, 2, 3, 1)
+            batch = self.form.batch or _ANY_BATCH
+            chunks = [inputs[start : start + batch] for start in range(0, len(inputs), batch)]
+            if self.form.batch is not None:  # the last one is filled up with copies of its last image
+                missing = -len(inputs) % batch
+                chunks[-1] = np.concatenate([chunks[-1], np.repeat(chunks[-1][-1:], missing, 0)])
+            chunks = [np.ascontiguousarray(chunk, dtype=self.takes.dtype) for chunk in chunks]
+            return self._explained(path, lambda: np.concatenate([run(chunk) for chunk in chunks])[: len(images)])
 
         return infer
 
@@ -256,8 +371,15 @@ def formats() -> tuple[str, ...]:
     return tuple(sorted(_EXPORTERS))
 
 
-def exporter(format: str, precision: str = "fp32", keep: Collection[str] = ()) -> Exporter:
-    """The exporter of a format and a precision, see `Exporter`.
+def exporter(
+    format: str,
+    precision: str = "fp32",
+    keep: Collection[str] = (),
+    *,
+    batch: int | None = 1,
+    pixels: Pixels | None = None,
+) -> Exporter:
+    """The exporter of a format, for files of a `Form`.
 
     Raises:
         InputError: there is none.
@@ -265,7 +387,8 @@ def exporter(format: str, precision: str = "fp32", keep: Collection[str] = ()) -
     if format not in _EXPORTERS:
         raise InputError(f"format {format!r} is not one of {', '.join(formats())}")
     module, _, name = _EXPORTERS[format].partition(":")
-    made: Exporter = getattr(import_module(module), name)(precision, keep)
+    form = Form(precision=precision, keep=frozenset(keep), batch=batch, pixels=pixels)
+    made: Exporter = getattr(import_module(module), name)(form)
     return made
 
 

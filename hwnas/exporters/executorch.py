@@ -229,7 +229,7 @@ class ExecutorchExporter(Exporter):
     packages: ClassVar[tuple[str, ...]] = ("executorch", "torch")
     extra: ClassVar[str] = "executorch"
 
-    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+    def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
         with _quiet():
             from executorch.exir._serialize._program import PTEFile, serialize_pte_binary

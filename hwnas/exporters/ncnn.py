@@ -171,7 +171,7 @@ class NcnnExporter(Exporter):
     packages: ClassVar[tuple[str, ...]] = ("ncnn",)
     extra: ClassVar[str] = "ncnn"
 
-    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+    def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`; the hash is of the `.param` and the `.bin`, in this order."""
         writer = _Writer(layers, tensors, int8=self.precision == "int8")
         text = writer.param

@@ -287,9 +287,9 @@ class OnnxExporter(Exporter):
     runtime: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
-    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+    def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        graph = _graph(layers, tensors, _quantisation(self.precision, self.keep))
+        graph = _graph(layers, tensors, _quantisation(self.precision, self.form.keep))
         return Artifact(path, self.format, self.precision, write_pieces(path, _encode(*graph)))
 
     @staticmethod

@@ -32,9 +32,9 @@ class OpenvinoExporter(Exporter):
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
     extra: ClassVar[str] = "openvino"
 
-    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+    def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`; the hash is of the `.xml` and the `.bin`, in this order."""
-        onnx = onnx_bytes(layers, tensors, "int8-symmetric" if self.precision == "int8" else "fp32", self.keep)
+        onnx = onnx_bytes(layers, tensors, "int8-symmetric" if self.precision == "int8" else "fp32", self.form.keep)
         try:
             import openvino
         except ImportError as error:

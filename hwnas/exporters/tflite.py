@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, Run, folded, tensor, write_pieces
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, Input, Run, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 # Numbers of the schema, https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs:
@@ -364,13 +364,13 @@ class TfliteExporter(Exporter):
 
     format: ClassVar[str] = "tflite"
     suffix: ClassVar[str] = ".tflite"
-    layout: ClassVar[Literal["NCHW", "NHWC"]] = "NHWC"
+    input: ClassVar[Input] = Input("NHWC", "float32")
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
     runtime: ClassVar[str] = "LiteRT"
     packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert",)
     extra: ClassVar[str] = "litert"
 
-    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+    def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
         pieces = _Writer(tensors, int8=self.precision == "int8").model(layers)
         return Artifact(path, self.format, self.precision, write_pieces(path, pieces))

@@ -37,7 +37,7 @@ class TorchExporter(Exporter):
     runtime: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
 
-    def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
+    def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
         import torch
 
