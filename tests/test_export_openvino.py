@@ -7,6 +7,7 @@ import pytest
 
 from hwnas.errors import ExportError
 from hwnas.exporters.base import exporter, random_tensors
+from hwnas.exporters.openvino import OpenvinoExporter
 from hwnas.layers import lower
 from hwnas.testing import ExporterContract, random_images, tensors_with_ranges, tiny_space, trained_network
 
@@ -14,7 +15,7 @@ openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pi
 
 
 class TestOpenvinoExporter(ExporterContract):
-    @pytest.fixture(params=["fp32", "fp16", "int8"])
+    @pytest.fixture(params=OpenvinoExporter.precisions)
     def exporter(self, request):
         return exporter("openvino", request.param)
 

@@ -3,11 +3,12 @@
 import pytest
 
 from hwnas.exporters.base import exporter
+from hwnas.exporters.tensorrt import TensorrtExporter
 from hwnas.testing import ExporterContract
 
 
 class TestTensorrtExporter(ExporterContract):
-    @pytest.fixture(params=["fp32", "int8-symmetric"])
+    @pytest.fixture(params=TensorrtExporter.precisions)
     def exporter(self, request):
         return exporter("tensorrt", request.param)
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, Run, folded, tensor, write_pieces
+from hwnas.errors import ExportError
+from hwnas.exporters.base import (
+    LOGITS,
+    NORMALISED,
+    Artifact,
+    Exporter,
+    Form,
+    Input,
+    Run,
+    folded,
+    tensor,
+    write_pieces,
+)
 from hwnas.layers import IMAGE, Layer
 
 _Weights: TypeAlias = dict[str, NDArray[Any]]
@@ -49,57 +61,61 @@ class _Quantisation:
     keep: frozenset[str] = frozenset()
 
 
-def onnx_model(
-    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None = None
-) -> onnx.ModelProto:
+def onnx_model(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], form: Form = Form()) -> onnx.ModelProto:
     """The network as an ONNX model with batch norm folded into the convolutions.
 
-    Its input is `image`, float32 (1, in_channels, resolution, resolution), normalised; its output `logits`, float32
-    (1, num_classes). The values in between have the layers' names.
+    Its input is `image`, (batch, in_channels, resolution, resolution) float32, or the pixels (batch, resolution,
+    resolution, in_channels) uint8; its output `logits`, (batch, num_classes) float32. Any batch is the symbol `batch`.
+    The values in between have the layers' names.
 
     Args:
-        layers: what `hwnas.layers.lower` gives.
+        layers: what `hwnas.layers.lower` gives, after the normalisation where the form takes pixels.
         tensors: see `Exporter.write`.
-        quantisation: None for float32.
+        form: of one of `OnnxExporter`'s precisions.
 
     Raises:
-        ExportError: a tensor is missing or has the wrong shape.
+        ExportError: a tensor is missing or has the wrong shape, or is beyond the range of float16 in such a file.
     """
-    model: onnx.ModelProto = onnx.ModelProto.FromString(b"".join(_encode(*_graph(layers, tensors, quantisation))))
+    model: onnx.ModelProto = onnx.ModelProto.FromString(onnx_bytes(layers, tensors, form))
     return model
 
 
-def onnx_bytes(
-    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], precision: str, keep: frozenset[str] = frozenset()
-) -> bytes:
-    """The bytes of the file that `OnnxExporter` writes.
+def onnx_bytes(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], form: Form) -> bytes:
+    """The bytes of the file that `OnnxExporter` writes, of `onnx_model`.
 
     Raises:
-        ExportError: a tensor is missing or has the wrong shape.
+        ExportError: see `onnx_model`.
     """
-    return b"".join(_encode(*_graph(layers, tensors, _quantisation(precision, keep))))
+    return b"".join(_encode(*_graph(layers, tensors, form)))
 
 
 def _graph(
-    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None
+    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], form: Form
 ) -> tuple[onnx.GraphProto, _Weights]:
     """The graph without its weights, and these."""
     first, last = layers[0], layers[-1]
+    batch = form.batch or "batch"
+    shape: list[int | str] = [batch, first.in_channels, first.in_size, first.in_size]
+    element = TensorProto.FLOAT
+    if form.pixels is not None:
+        shape, element = [batch, first.in_size, first.in_size, first.in_channels], TensorProto.UINT8
     graph = onnx.GraphProto(name="hwnas")
-    for values, name, shape in (
-        (graph.input, IMAGE, [1, first.in_channels, first.in_size, first.in_size]),
-        (graph.output, LOGITS, [1, last.out_channels]),
-    ):
-        values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-    writer = _Writer(graph, tensors, quantisation)
+    graph.input.append(helper.make_tensor_value_info(IMAGE, element, shape))
+    graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [batch, last.out_channels]))
+    # Normalised in float32, what follows is the same as in a file that takes normalised images.
+    quantisation = _quantisation(form.precision, form.keep | {NORMALISED})
+    half = form.precision == "fp16"
+    writer = _Writer(graph, tensors, quantisation, "<f2" if half else "<f4")
     integers = _passed_as_integers(layers, quantisation)
-    made = {IMAGE: writer.quantised(IMAGE) if IMAGE in integers else IMAGE}  # what carries each layer's output
+    made = {IMAGE: writer.image(pixels=form.pixels is not None)}  # what carries each layer's output
+    if IMAGE in integers:
+        made[IMAGE] = writer.quantised(IMAGE)
     for layer in layers:
-        inputs = [made[name] for name in layer.inputs]
-        writer.add(layer, inputs, LOGITS if layer is last else layer.name)
-        made[layer.name] = LOGITS if layer is last else layer.name
-        if layer.name in integers:
-            made[layer.name] = writer.quantised(layer.name)
+        output = layer.name if layer is not last else f"{LOGITS}.half" if half else LOGITS
+        writer.add(layer, [made[name] for name in layer.inputs], output)
+        made[layer.name] = writer.quantised(layer.name) if layer.name in integers else output
+    if half:
+        writer.cast(f"{LOGITS}.half", LOGITS, TensorProto.FLOAT)
     return graph, writer.weights
 
 
@@ -145,11 +161,26 @@ class _Writer:
     """Adds layers to a graph, and collects their weights."""
 
     def __init__(
-        self, graph: onnx.GraphProto, tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None
+        self,
+        graph: onnx.GraphProto,
+        tensors: Mapping[str, NDArray[Any]],
+        quantisation: _Quantisation | None,
+        dtype: Literal["<f4", "<f2"],
     ) -> None:
-        self._graph, self._tensors, self._quantisation = graph, tensors, quantisation
+        self._graph, self._tensors, self._quantisation, self._dtype = graph, tensors, quantisation, dtype
         self.weights: _Weights = {}
         self._scales: dict[str, np.float32] = {}  # of dequantised values
+
+    def image(self, *, pixels: bool) -> str:
+        """The input as what the first layer reads: NCHW, in the type of the weights."""
+        if not pixels and self._dtype == "<f4":
+            return IMAGE
+        # TensorRT converts bytes at the input only, before anything else is done with them.
+        number = self.cast(IMAGE, f"{IMAGE}.cast", helper.np_dtype_to_tensor_dtype(np.dtype(self._dtype)))
+        return self._node("Transpose", [number], f"{IMAGE}.nchw", perm=[0, 3, 1, 2]) if pixels else number
+
+    def cast(self, value: str, output: str, element: int) -> str:
+        return self._node("Cast", [value], output, to=element)
 
     def add(self, layer: Layer, inputs: list[str], output: str) -> None:
         match layer.kind:
@@ -213,8 +244,8 @@ class _Writer:
         """The weight and the bias of a layer that reads `source`, as its operator's further inputs."""
         names = f"{layer.name}.weight", f"{layer.name}.bias"
         if self._quantisation is None or not self._is_quantised(layer):
-            inputs = [self._weight(names[0], weight, "<f4")]
-            return inputs if bias is None else [*inputs, self._weight(names[1], bias, "<f4")]
+            inputs = [self._number(names[0], weight)]
+            return inputs if bias is None else [*inputs, self._number(names[1], bias)]
         rows = weight.reshape(len(weight), -1)
         scale = np.maximum(rows.max(axis=1), -rows.min(axis=1)) / 127
         input_scale = self._scales[source]
@@ -245,6 +276,17 @@ class _Writer:
     def _node(self, op: str, inputs: list[str], output: str, **options: Any) -> str:
         self._graph.node.append(helper.make_node(op, inputs, [output], name=output, **options))
         return output
+
+    def _number(self, name: str, value: NDArray[Any]) -> str:
+        """A weight or bias of a layer that computes in floating point."""
+        with np.errstate(over="ignore"):
+            rounded = value.astype(self._dtype)
+        if self._dtype == "<f2" and not np.isfinite(rounded).all():
+            raise ExportError(
+                f"{name} has values up to {np.abs(value).max():.3g}, and float16 ends at {np.finfo(np.float16).max}: "
+                "export fp32"
+            )
+        return self._weight(name, rounded, self._dtype)
 
     def _weight(self, name: str, value: Any, dtype: Any) -> str:
         self.weights[name] = np.asarray(value, dtype=dtype, order="C")
@@ -282,15 +324,22 @@ class OnnxExporter(Exporter):
 
     format: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", *_QUANTISATIONS)
+    pixel_input: ClassVar[Input | None] = Input("NHWC", "uint8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", *_QUANTISATIONS)
+    batches: ClassVar[Literal["one", "fixed", "any"]] = "any"
     mixes: ClassVar[bool] = True
     runtime: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        graph = _graph(layers, tensors, _quantisation(self.precision, self.form.keep))
+        graph = _graph(layers, tensors, replace(self.form, precision=self._file_precision))
         return Artifact(path, self.format, self.precision, write_pieces(path, _encode(*graph)))
+
+    @property
+    def _file_precision(self) -> str:
+        """The name of the file's precision among those of this class."""
+        return self.precision
 
     @staticmethod
     def load(path: Path) -> Run:
