@@ -11,7 +11,9 @@ class TensorrtExporter(OnnxExporter):
     """Writes the ONNX files that TensorRT's parser takes; int8 is `OnnxExporter`'s `int8-symmetric`.
 
     An engine fits one kind of GPU and one version of TensorRT, and is no file to ship: a bundle has a script that
-    builds it (`hwnas.bundles.scripts`). The file is run, and checked, in onnxruntime.
+    builds it (`hwnas.bundles.scripts`). The file is run, and checked, in onnxruntime. TensorRT reads weights in float16
+    from version 8.4 on, pixels from 8.5 on (onnx-tensorrt's docs/Changelog.md); from 11 on an fp16 engine needs an fp16
+    file, while older ones also make it from fp32.
     """
 
     format: ClassVar[str] = "tensorrt"
