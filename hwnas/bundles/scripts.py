@@ -110,7 +110,7 @@ esac
 """
 
 BATCHES_SH = """\
-# N, the images of one call, can be 1 to MAX_BATCH ({most} unless set); BATCH ({usual} unless set) are the fastest.
+# A call takes N images, 1 to MAX_BATCH ({most} unless set); the engine is tuned for BATCH of them ({usual} unless set).
 """
 USUAL_BATCH, MAX_BATCH = 8, 32
 
