@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import exporter, random_tensors
+from hwnas.exporters.base import Pixels, exporter, random_tensors
 from hwnas.layers import IMAGE, lower
 from hwnas.space import SearchSpace
 from hwnas.testing import random_images, tensors_with_ranges, tiny_space, trained_network
@@ -168,6 +168,27 @@ def test_needs_every_range(name, tmp_path):
         exporter("onnx", "int8").write(
             layers, {key: value for key, value in tensors.items() if key != name}, tmp_path / "m.onnx"
         )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_pixels_change_nothing(precision, tmp_path):
+    """What they become is quantised as normalised images are; with all layers in float32 it is the network itself."""
+    space = SearchSpace.load("tiny", num_classes=100)
+    layers = lower(space, replace(space.smallest(), resolution=64))
+    pixels = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    taken = np.random.default_rng(0).integers(0, 256, (6, 3, 64, 64)).astype(np.float32)
+    mean, std = (np.float32(values).reshape(-1, 1, 1) for values in (pixels.mean, pixels.std))
+    images = (taken / np.float32(255) - mean) / std
+    network = trained_network(layers)
+    tensors = tensors_with_ranges(layers, network, images)
+
+    def logits(writer):
+        return writer.infer(writer.write(layers, tensors, tmp_path / "m.onnx").path, images)
+
+    plain = exporter("onnx", precision)
+    assert correlation(logits(plain), logits(plain.but(pixels=pixels))) > 0.9999
+    exact = exporter("onnx", precision, [layer.name for layer in layers], pixels=pixels)
+    np.testing.assert_allclose(logits(exact), network(torch.from_numpy(images)).numpy(), atol=1e-4)
 
 
 def test_is_fast(tmp_path):

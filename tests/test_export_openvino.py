@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import exporter, random_tensors
+from hwnas.exporters.base import Pixels, exporter, random_tensors
+from hwnas.exporters.openvino import OpenvinoExporter
 from hwnas.layers import lower
 from hwnas.testing import ExporterContract, random_images, tensors_with_ranges, tiny_space, trained_network
 
@@ -14,7 +15,7 @@ openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pi
 
 
 class TestOpenvinoExporter(ExporterContract):
-    @pytest.fixture(params=["fp32", "fp16", "int8"])
+    @pytest.fixture(params=OpenvinoExporter.precisions)
     def exporter(self, request):
         return exporter("openvino", request.param)
 
@@ -40,6 +41,20 @@ def test_precisions(tmp_path):
     ran = [k["runtimePrecision"].astype(str) for k in kernels if k["layerType"].astype(str) == "Convolution"]
     assert ran
     assert {*ran} <= {"i8", "u8"}
+
+
+@pytest.mark.parametrize("precision", OpenvinoExporter.precisions)
+def test_takes_pixels_in_any_number(precision, tmp_path):
+    space = tiny_space()
+    layers = lower(space, space.smallest())
+    writer = exporter("openvino", precision, batch=None, pixels=Pixels((0.5,), (0.2,)))
+    path = writer.write(layers, random_tensors(layers, np.random.default_rng(0)), tmp_path / "m.xml").path
+    model = openvino.Core().read_model(path)
+    assert (str(model.input().partial_shape), model.input().element_type) == ("[?,28,28,1]", openvino.Type.u8)
+    assert (str(model.output().partial_shape), model.output().element_type) == ("[?,10]", openvino.Type.f32)
+    run = writer.load(path)
+    images = np.random.default_rng(1).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
+    np.testing.assert_allclose(run(images)[3:], run(images[3:]), rtol=1e-3, atol=1e-4)
 
 
 def test_without_openvino(tmp_path, monkeypatch):

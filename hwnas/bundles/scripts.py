@@ -98,9 +98,9 @@ BUILD_SH = """\
 #!/bin/sh
 # Builds a TensorRT engine from {name}, for the GPU of this machine: an engine runs on no other kind, and in no other
 # version of TensorRT. Kernels' times are kept in timing.cache, which makes the next engine quick to build.
-# Written by hwnas {version}, Apache-2.0. The input is the float32 image after run.py's `preprocess`.
+# Written by hwnas {version}, Apache-2.0. The input, {input}, is what run.py's `preprocess` gives.
 #   sh build.sh TENSORRT_VERSION {precisions}     for example: sh build.sh 10 {last}
-set -eu
+{batches}set -eu
 cd "$(dirname "$0")"
 trtexec=${{TRTEXEC:-/usr/src/tensorrt/bin/trtexec}}
 case "${{1:-}} ${{2:-}}" in
@@ -108,6 +108,11 @@ case "${{1:-}} ${{2:-}}" in
   *) echo "usage: sh build.sh {versions} {precisions}" >&2; exit 2 ;;
 esac
 """
+
+BATCHES_SH = """\
+# A call takes N images, 1 to MAX_BATCH ({most} unless set); the engine is tuned for BATCH of them ({usual} unless set).
+"""
+USUAL_BATCH, MAX_BATCH = 8, 32
 
 SNIPPETS = {"ncnn": ("run.cc", RUN_CC), "tflite": ("run.kt", RUN_KT)}
 
@@ -140,18 +145,31 @@ def scripts(manifest: Manifest, exporter: Exporter) -> dict[str, str]:
 
 
 def _builds(manifest: Manifest) -> dict[str, str]:
-    """What devices that run trtexec are given, for each version and precision."""
-    precisions = ("fp32", "fp16") if manifest.file.precision == "fp32" else ("int8",)
+    """What devices that run trtexec are given, for each version and precision; and a range of batches.
+
+    An fp32 file also makes engines in fp16, up to version 10; from 11 on, networks run in the types of the file.
+    """
+    own = manifest.file.precision
+    precisions = ("fp32", "fp16") if own == "fp32" else (own,)
+    batch, *sides = manifest.input.shape
+    image = "x".join(map(str, sides))
+    ranges = ""
+    if batch is None:  # the shell puts in what is set; the rest is hwnas's own names and numbers
+        counts = ("min", "1"), ("opt", f"${{BATCH:-{USUAL_BATCH}}}"), ("max", f"${{MAX_BATCH:-{MAX_BATCH}}}")
+        ranges = "".join(f' "--{end}Shapes={manifest.input.name}:{count}x{image}"' for end, count in counts)
     cases = []
     for number in trtexec.VERSIONS:
         for precision in precisions:
-            if number >= 11 and precision == "fp16":
-                continue  # it runs networks in the types of the file
-            program = trtexec.Program(precision, version=number)
+            typed = number >= 11
+            if typed and precision != own:
+                continue
+            program = trtexec.Program("fp32" if typed else precision, version=number)
             command = program.build_command("trtexec", manifest.file.name, f"model-{precision}.engine", ".")
             flags = " ".join(shlex.quote(word) for word in command[1:])
-            cases.append(f'  "{number} {precision}") exec "$trtexec" {flags} ;;')
+            cases.append(f'  "{number} {precision}") exec "$trtexec" {flags}{ranges} ;;')
     return {
+        "input": f"{manifest.input.dtype} {batch or 'N'}x{image} ({manifest.input.layout})",
+        "batches": BATCHES_SH.format(usual=USUAL_BATCH, most=MAX_BATCH) if batch is None else "",
         "cases": "\n".join(cases),
         "precisions": "|".join(precisions),
         "last": precisions[-1],

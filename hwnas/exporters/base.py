@@ -89,6 +89,7 @@ _BYTES = {
     ("ncnn", "fp32"): _Bytes(4, 0, 0, 119, 73),
     ("ncnn", "int8"): _Bytes(1, 4, 4, 130, 66),
     ("onnx", "fp32"): _Bytes(4, 0, 0, 265, 69),
+    ("onnx", "fp16"): _Bytes(2, -2, -2, 272, 63),  # biases of two bytes
     ("onnx", "int8"): _Bytes(1, 13, 13, 646, 1200),
     ("onnx", "int8-symmetric"): _Bytes(1, 5, 5, 985, 1),
     ("tflite", "fp32"): _Bytes(4, 0, 0, 338, 151, zero_bias=True),

@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, Run, folded, tensor, write_pieces
+from hwnas.errors import ExportError
+from hwnas.exporters.base import (
+    LOGITS,
+    NORMALISED,
+    Artifact,
+    Exporter,
+    Form,
+    Input,
+    Run,
+    folded,
+    tensor,
+    write_pieces,
+)
 from hwnas.layers import IMAGE, Layer
 
 _Weights: TypeAlias = dict[str, NDArray[Any]]
 
+_PLAIN = Form()
 _OPSET, _IR_VERSION = 17, 8  # the oldest pair with all we need: every runtime's converter reads it
 
 # What onnxruntime 1.31's optimiser makes of them on a CPU, and why they are written so (x86-64, AVX-512, 1 thread):
@@ -49,57 +62,64 @@ class _Quantisation:
     keep: frozenset[str] = frozenset()
 
 
-def onnx_model(
-    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None = None
-) -> onnx.ModelProto:
+def onnx_model(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], form: Form = _PLAIN) -> onnx.ModelProto:
     """The network as an ONNX model with batch norm folded into the convolutions.
 
-    Its input is `image`, float32 (1, in_channels, resolution, resolution), normalised; its output `logits`, float32
-    (1, num_classes). The values in between have the layers' names.
+    Its input is `image`, (batch, in_channels, resolution, resolution) float32, or the pixels (batch, resolution,
+    resolution, in_channels) uint8; its output `logits`, (batch, num_classes) float32. Any batch is the symbol `batch`.
+    The values in between have the layers' names.
 
     Args:
-        layers: what `hwnas.layers.lower` gives.
+        layers: what `hwnas.layers.lower` gives, after the normalisation where the form takes pixels.
         tensors: see `Exporter.write`.
-        quantisation: None for float32.
+        form: of one of `OnnxExporter`'s precisions.
 
     Raises:
-        ExportError: a tensor is missing or has the wrong shape.
+        ExportError: a tensor is missing or has the wrong shape, or is beyond the range of float16 in such a file.
     """
-    model: onnx.ModelProto = onnx.ModelProto.FromString(b"".join(_encode(*_graph(layers, tensors, quantisation))))
+    model: onnx.ModelProto = onnx.ModelProto.FromString(onnx_bytes(layers, tensors, form))
     return model
 
 
-def onnx_bytes(
-    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], precision: str, keep: frozenset[str] = frozenset()
-) -> bytes:
-    """The bytes of the file that `OnnxExporter` writes.
+def onnx_bytes(layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], form: Form) -> bytes:
+    """The bytes of the file that `OnnxExporter` writes, of `onnx_model`.
 
     Raises:
-        ExportError: a tensor is missing or has the wrong shape.
+        ExportError: see `onnx_model`.
     """
-    return b"".join(_encode(*_graph(layers, tensors, _quantisation(precision, keep))))
+    return b"".join(_encode(*_graph(layers, tensors, form)))
 
 
 def _graph(
-    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None
+    layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], form: Form
 ) -> tuple[onnx.GraphProto, _Weights]:
     """The graph without its weights, and these."""
     first, last = layers[0], layers[-1]
+    batch = form.batch or "batch"
+    shape: list[int | str] = [batch, first.in_channels, first.in_size, first.in_size]
+    element = TensorProto.FLOAT
+    if form.pixels is not None:
+        shape, element = [batch, first.in_size, first.in_size, first.in_channels], TensorProto.UINT8
     graph = onnx.GraphProto(name="hwnas")
-    for values, name, shape in (
-        (graph.input, IMAGE, [1, first.in_channels, first.in_size, first.in_size]),
-        (graph.output, LOGITS, [1, last.out_channels]),
-    ):
-        values.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-    writer = _Writer(graph, tensors, quantisation)
+    graph.input.append(helper.make_tensor_value_info(IMAGE, element, shape))
+    graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [batch, last.out_channels]))
+    # Normalised in float32, what follows is the same as in a file that takes normalised images.
+    quantisation = _quantisation(form.precision, form.keep | {NORMALISED})
+    half = form.precision == "fp16"
+    writer = _Writer(graph, tensors, quantisation, half=half)
     integers = _passed_as_integers(layers, quantisation)
-    made = {IMAGE: writer.quantised(IMAGE) if IMAGE in integers else IMAGE}  # what carries each layer's output
+    made = {IMAGE: writer.image(pixels=form.pixels is not None)}  # what carries each layer's output
+    if IMAGE in integers:
+        made[IMAGE] = writer.quantised(IMAGE)
     for layer in layers:
-        inputs = [made[name] for name in layer.inputs]
-        writer.add(layer, inputs, LOGITS if layer is last else layer.name)
-        made[layer.name] = LOGITS if layer is last else layer.name
-        if layer.name in integers:
-            made[layer.name] = writer.quantised(layer.name)
+        output = layer.name if layer is not last else f"{LOGITS}.half" if half else LOGITS
+        for value in (layer.name, f"{layer.name}.preactivation") if half else ():
+            if f"{value}.range" in tensors:
+                _check_half(f"the output of {value}", tensors[f"{value}.range"])
+        writer.add(layer, [made[name] for name in layer.inputs], output)
+        made[layer.name] = writer.quantised(layer.name) if layer.name in integers else output
+    if half:
+        writer.cast(f"{LOGITS}.half", LOGITS, TensorProto.FLOAT)
     return graph, writer.weights
 
 
@@ -109,6 +129,13 @@ def _passed_as_integers(layers: Sequence[Layer], quantisation: _Quantisation | N
         return set()
     quantised = [layer for layer in layers if layer.name not in quantisation.keep]
     return {name for layer in quantised for name in (layer.name, *layer.inputs)} - {layers[-1].name}
+
+
+def _check_half(what: str, values: NDArray[Any]) -> None:
+    """Refuse what float16 has no numbers for; smaller ones than it has become zero, as rounding does."""
+    most, limit = np.abs(values).max(), np.finfo(np.float16).max
+    if not most <= limit:
+        raise ExportError(f"{what} reaches {most:.3g}, and float16 ends at {limit:g}: export fp32")
 
 
 def _encode(graph: onnx.GraphProto, weights: _Weights) -> Iterator[bytes | memoryview]:
@@ -145,11 +172,27 @@ class _Writer:
     """Adds layers to a graph, and collects their weights."""
 
     def __init__(
-        self, graph: onnx.GraphProto, tensors: Mapping[str, NDArray[Any]], quantisation: _Quantisation | None
+        self,
+        graph: onnx.GraphProto,
+        tensors: Mapping[str, NDArray[Any]],
+        quantisation: _Quantisation | None,
+        *,
+        half: bool,
     ) -> None:
-        self._graph, self._tensors, self._quantisation = graph, tensors, quantisation
+        self._graph, self._tensors, self._quantisation, self._half = graph, tensors, quantisation, half
         self.weights: _Weights = {}
         self._scales: dict[str, np.float32] = {}  # of dequantised values
+
+    def image(self, *, pixels: bool) -> str:
+        """The input as what the first layer reads: NCHW, in the type of the weights."""
+        if not pixels and not self._half:
+            return IMAGE
+        # The cast is first: TensorRT takes bytes as an input, but does nothing else with them.
+        number = self.cast(IMAGE, f"{IMAGE}.cast", TensorProto.FLOAT16 if self._half else TensorProto.FLOAT)
+        return self._node("Transpose", [number], f"{IMAGE}.nchw", perm=[0, 3, 1, 2]) if pixels else number
+
+    def cast(self, value: str, output: str, element: int) -> str:
+        return self._node("Cast", [value], output, to=element)
 
     def add(self, layer: Layer, inputs: list[str], output: str) -> None:
         match layer.kind:
@@ -213,8 +256,8 @@ class _Writer:
         """The weight and the bias of a layer that reads `source`, as its operator's further inputs."""
         names = f"{layer.name}.weight", f"{layer.name}.bias"
         if self._quantisation is None or not self._is_quantised(layer):
-            inputs = [self._weight(names[0], weight, "<f4")]
-            return inputs if bias is None else [*inputs, self._weight(names[1], bias, "<f4")]
+            inputs = [self._number(names[0], weight)]
+            return inputs if bias is None else [*inputs, self._number(names[1], bias)]
         rows = weight.reshape(len(weight), -1)
         scale = np.maximum(rows.max(axis=1), -rows.min(axis=1)) / 127
         input_scale = self._scales[source]
@@ -245,6 +288,12 @@ class _Writer:
     def _node(self, op: str, inputs: list[str], output: str, **options: Any) -> str:
         self._graph.node.append(helper.make_node(op, inputs, [output], name=output, **options))
         return output
+
+    def _number(self, name: str, value: NDArray[Any]) -> str:
+        """A weight or bias of a layer that computes in floating point."""
+        if self._half:
+            _check_half(name, value)
+        return self._weight(name, value, "<f2" if self._half else "<f4")
 
     def _weight(self, name: str, value: Any, dtype: Any) -> str:
         self.weights[name] = np.asarray(value, dtype=dtype, order="C")
@@ -278,19 +327,30 @@ class OnnxExporter(Exporter):
         |------------------|--------------------|--------------------|--------------------|
         | onnxruntime 1.31 | 7.0 / 20.5 / 30.8  | 6.7 / 16.5 / 24.9  | over twice float32 |
         | OpenVINO 2026.4  | 7.2 / 19.5 / 30.1  | 10.3 / 25.0 / 37.9 | 5.3 / 12.8 / 20.4  |
+
+    `fp16` suits GPUs and NPUs: weights and arithmetic are float16, input and output are not. On a processor onnxruntime
+    computes it in float32, in the same time as `fp32` (within 4%): running it there shows what rounding the weights
+    does, not whether a value in between overflows, so those are checked by their ranges where `tensors` has them.
     """
 
     format: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", *_QUANTISATIONS)
+    pixel_input: ClassVar[Input | None] = Input("NHWC", "uint8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", *_QUANTISATIONS)
+    batches: ClassVar[Literal["one", "fixed", "any"]] = "any"
     mixes: ClassVar[bool] = True
     runtime: ClassVar[str] = "onnxruntime"
     packages: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
     def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        graph = _graph(layers, tensors, _quantisation(self.precision, self.form.keep))
+        graph = _graph(layers, tensors, replace(self.form, precision=self._file_precision))
         return Artifact(path, self.format, self.precision, write_pieces(path, _encode(*graph)))
+
+    @property
+    def _file_precision(self) -> str:
+        """The name of the file's precision among those of this class."""
+        return self.precision
 
     @staticmethod
     def load(path: Path) -> Run:

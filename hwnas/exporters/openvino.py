@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, Run
+from hwnas.exporters.base import Artifact, Exporter, Input, Run
 from hwnas.exporters.onnx import onnx_bytes
 from hwnas.layers import Layer
 
@@ -20,13 +21,15 @@ from hwnas.layers import Layer
 class OpenvinoExporter(Exporter):
     """Writes OpenVINO's `.xml` and its `.bin`.
 
-    Their input is `image`, float32 (1, in_channels, resolution, resolution), their output `logits`. fp16 stores weights
-    in 16 bits, and processors compute with them in float32; int8 is `OnnxExporter`'s `int8-symmetric`.
+    Their input `image` and output `logits` are those of `OnnxExporter`'s files. fp16 stores weights in 16 bits, and
+    processors compute with them in float32; int8 is `OnnxExporter`'s `int8-symmetric`.
     """
 
     format: ClassVar[str] = "openvino"
     suffix: ClassVar[str] = ".xml"
+    pixel_input: ClassVar[Input | None] = Input("NHWC", "uint8")
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    batches: ClassVar[Literal["one", "fixed", "any"]] = "any"
     mixes: ClassVar[bool] = True
     runtime: ClassVar[str] = "OpenVINO"
     packages: ClassVar[tuple[str, ...]] = ("openvino",)
@@ -34,7 +37,8 @@ class OpenvinoExporter(Exporter):
 
     def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`; the hash is of the `.xml` and the `.bin`, in this order."""
-        onnx = onnx_bytes(layers, tensors, "int8-symmetric" if self.precision == "int8" else "fp32", self.form.keep)
+        precision = "int8-symmetric" if self.precision == "int8" else "fp32"
+        onnx = onnx_bytes(layers, tensors, replace(self.form, precision=precision))
         try:
             import openvino
         except ImportError as error:

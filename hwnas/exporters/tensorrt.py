@@ -8,13 +8,22 @@ from hwnas.exporters.onnx import OnnxExporter
 
 
 class TensorrtExporter(OnnxExporter):
-    """Writes the ONNX files that TensorRT's parser takes; int8 ones without zero points.
+    """Writes the ONNX files that TensorRT's parser takes; int8 is `OnnxExporter`'s `int8-symmetric`.
 
     An engine fits one kind of GPU and one version of TensorRT, and is no file to ship: a bundle has a script that
-    builds it (`hwnas.bundles.scripts`). The file is run, and checked, in onnxruntime.
+    builds it (`hwnas.bundles.scripts`). The file is run, and checked, in onnxruntime. TensorRT reads weights in float16
+    from version 8.4 on, pixels from 8.5 on (onnx-tensorrt's docs/Changelog.md); from 11 on an fp16 engine needs an fp16
+    file, while older ones also make it from fp32.
     """
 
     format: ClassVar[str] = "tensorrt"
     file_format: ClassVar[str] = "onnx"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8-symmetric")
-    runtime: ClassVar[str] = "onnxruntime"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+
+    def suits(self, accepts: str, precision: str) -> bool:
+        """See `Exporter`; `precision` is that of an ONNX file."""
+        return precision == self._file_precision and super().suits(accepts, self.precision)
+
+    @property
+    def _file_precision(self) -> str:
+        return "int8-symmetric" if self.precision == "int8" else self.precision
