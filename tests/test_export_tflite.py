@@ -37,7 +37,7 @@ def path(tmp_path):
 
 
 class TestTfliteExporter(ExporterContract):
-    @pytest.fixture(params=["fp32", "int8"])
+    @pytest.fixture(params=["fp32", "fp16", "int8"])
     def exporter(self, request):
         return exporter("tflite", request.param)
 
