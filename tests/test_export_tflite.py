@@ -1,8 +1,11 @@
 """TFLite files compute what the network does; LiteRT times them."""
 
 import hashlib
+import os
+import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from hwnas.bundles.parity import Parity, correlation
+from hwnas.bundles.quantise import within_drop
 from hwnas.devices import load_device
 from hwnas.errors import ExportError, InputError
-from hwnas.exporters.base import Form, exporter, random_tensors
+from hwnas.exporters.base import Form, Pixels, exporter, file_bytes, random_tensors
 from hwnas.exporters.tflite import TfliteExporter
 from hwnas.layers import IMAGE, Layer, lower
 from hwnas.space import SearchSpace
@@ -30,6 +35,19 @@ from hwnas.testing import (
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs hwnas[litert]")
 from ai_edge_litert.interpreter import Interpreter  # noqa: E402
 
+SPACES = ["bignas", "attentivenas", "ofa-mbv3", "tiny"]
+
+
+def small(name, resolution=64, num_classes=None):
+    """The layers of the smallest network of a space, for images smaller than it has."""
+    space = SearchSpace.load(name) if num_classes is None else SearchSpace.load(name, num_classes=num_classes)
+    return lower(space, replace(space.smallest(), resolution=resolution))
+
+
+def pixels_of(layers):
+    channels = layers[0].in_channels
+    return Pixels((0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels])
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -37,7 +55,7 @@ def path(tmp_path):
 
 
 class TestTfliteExporter(ExporterContract):
-    @pytest.fixture(params=["fp32", "int8"])
+    @pytest.fixture(params=["fp32", "fp16", "int8"])
     def exporter(self, request):
         return exporter("tflite", request.param)
 
@@ -104,30 +122,42 @@ def test_average_pool_of_every_size(size, precision, path):
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
-def test_xnnpack_takes_the_network(name, precision, path):
-    """All of it in one part; but it has no average pool of int8."""
-    space = SearchSpace.load(name)
-    layers = lower(space, replace(space.smallest(), resolution=64))
-    TfliteExporter(Form(precision=precision)).write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+def delegated(path):
+    """The parts of a network that XNNPACK takes; the numbers of its input and output."""
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     image, logits = (d()[0]["index"] for d in (interpreter.get_input_details, interpreter.get_output_details))
-    parts = [op for op in interpreter._get_ops_details() if op["op_name"] == "DELEGATE"]
-    if precision == "fp32":
-        assert len(parts) == 1
-        assert image in parts[0]["inputs"]
-        assert logits in parts[0]["outputs"]
-    else:
-        assert len(parts) == 1 + sum(layer.kind == "avg_pool" for layer in layers)
+    return [op for op in interpreter._get_ops_details() if op["op_name"] == "DELEGATE"], image, logits
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_file_is_what_the_schema_says(precision, path):
+def operators(path):
+    """How many of each a file has."""
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    names = {value: key for key, value in vars(schema.BuiltinOperator).items()}
+    return Counter(names[model.operatorCodes[op.opcodeIndex].builtinCode] for op in model.subgraphs[0].operators)
+
+
+@pytest.mark.parametrize("what", ["normalised", "pixels"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("name", SPACES)
+def test_xnnpack_takes_the_network(name, precision, what, path):
+    """All of it in one part; but it has no average pool of int8, and makes no int8 of uint8."""
+    layers = small(name)
+    form = Form(precision=precision, pixels=pixels_of(layers) if what == "pixels" else None)
+    TfliteExporter(form).write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+    parts, image, logits = delegated(path)
+    assert any(logits in part["outputs"] for part in parts)
+    assert any(image in part["inputs"] for part in parts) == (precision != "int8" or what == "normalised")
+    pools = sum(layer.kind == "avg_pool" for layer in layers)
+    assert len(parts) == (1 + pools if precision == "int8" else 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_file_is_what_the_schema_says(precision, batch, path):
     space = SearchSpace.load("ofa-mbv3")
     layers = lower(space, space.smallest())
-    artifact = TfliteExporter(Form(precision=precision)).write(
+    artifact = TfliteExporter(Form(precision=precision, batch=batch)).write(
         layers, random_tensors(layers, np.random.default_rng(0)), path
     )
     data = path.read_bytes()
@@ -137,8 +167,8 @@ def test_file_is_what_the_schema_says(precision, path):
     graph = model.Subgraphs(0)
     tensors = [graph.Tensors(index) for index in range(graph.TensorsLength())]
     image, logits = tensors[graph.Inputs(0)], tensors[graph.Outputs(0)]
-    assert (image.Name(), image.ShapeAsNumpy().tolist()) == (b"image", [1, layers[0].in_size, layers[0].in_size, 3])
-    assert (logits.Name(), logits.ShapeAsNumpy().tolist()) == (b"logits", [1, 1000])
+    assert (image.Name(), image.ShapeAsNumpy().tolist()) == (b"image", [batch, layers[0].in_size, layers[0].in_size, 3])
+    assert (logits.Name(), logits.ShapeAsNumpy().tolist()) == (b"logits", [batch, 1000])
     assert image.Type() == logits.Type() == schema.TensorType.FLOAT32
     names = {tensor.Name().decode() for tensor in tensors}
     assert len(names) == len(tensors)
@@ -148,7 +178,136 @@ def test_file_is_what_the_schema_says(precision, path):
     for index in range(1, model.BuffersLength()):
         assert (model.Buffers(index).DataAsNumpy().ctypes.data - start) % 16 == 0
     between = {tensor.Type() for tensor in tensors if tensor not in (image, logits)}
-    assert (schema.TensorType.FLOAT32 in between) == (precision == "fp32")
+    assert (schema.TensorType.FLOAT32 in between) == (precision != "int8")
+    assert (schema.TensorType.FLOAT16 in between) == (precision == "fp16")
+
+
+# -------------------------------------------------------------------- fp16
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_fp16_passes_its_gate(name, path):
+    layers = small(name, num_classes=10)
+    network = trained_network(layers)
+    images = random_images(layers, 64, seed=1)
+    tensors = tensors_with_ranges(layers, network, images[:1])
+    sizes = {}
+    for precision in ("fp32", "fp16"):
+        writer = TfliteExporter(Form(precision=precision))
+        writer.write(layers, tensors, path)
+        sizes[precision] = path.stat().st_size
+    assert sizes["fp16"] / sizes["fp32"] < (0.7 if name == "tiny" else 0.53)  # names and shapes stay as they are
+    found = writer.infer(path, images)
+    parity = Parity.of(network(torch.from_numpy(images)).numpy(), found, "fp16", "LiteRT")
+    assert parity.passed, str(parity)
+    assert parity.max_abs_diff > 0  # it did round
+
+
+def test_fp16_says_which_weight_it_cannot_hold(path):
+    layers = lower(tiny_space(), tiny_space().smallest())
+    tensors = random_tensors(layers, np.random.default_rng(0))
+    tensors["stage1.block1.project.norm.weight"][3] = 1e6
+    with pytest.raises(ExportError, match=r"layer stage1\.block1\.project has a weight of .*: export it in fp32"):
+        TfliteExporter(Form(precision="fp16")).write(layers, tensors, path)
+    tensors["stage1.block1.project.norm.weight"][3] = 1
+    tensors["classifier.bias"][0] = -7e4
+    with pytest.raises(ExportError, match=r"layer classifier has a bias of 7e\+04, fp16 ends at 65504"):
+        TfliteExporter(Form(precision="fp16")).write(layers, tensors, path)
+    assert not path.exists()
+
+
+# -------------------------------------------------------------------- the GPU delegate
+
+# What LiteRT's GPU delegate takes, of float32 or float16 values unless said otherwise, and the newest version of each:
+# tflite/tools/versioning/gpu_compatibility.cc and tflite/delegates/gpu/common/model_builder.cc of
+# https://github.com/google-ai-edge/LiteRT/tree/f67457790c9c2ab67347d6fe53270e8d3df20868; -1 is any.
+ON_GPU = {
+    "ADD": 2,
+    "AVERAGE_POOL_2D": 2,
+    "CONV_2D": 6,
+    "DEPTHWISE_CONV_2D": 6,
+    "DEQUANTIZE": 3,  # also of uint8
+    "FULLY_CONNECTED": 9,
+    "HARD_SWISH": -1,
+    "LOGISTIC": 2,
+    "MEAN": -1,  # constant axes of int32
+    "MUL": 3,
+    "PAD": 2,  # constant paddings of shape (4, 2)
+}
+BROADCASTS = {"ADD", "MUL"}  # a scalar constant, or maps of as many dimensions
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", SPACES)
+def test_gpu_delegate_lists_every_operator(name, precision, path):
+    layers = small(name, resolution=62)  # of odd maps, which need PAD
+    writer = TfliteExporter(Form(precision=precision, pixels=pixels_of(layers)))
+    writer.write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    graph = model.subgraphs[0]
+    names = {value: key for key, value in vars(schema.BuiltinOperator).items()}
+    types = schema.TensorType
+    for operator in graph.operators:
+        code = model.operatorCodes[operator.opcodeIndex]
+        kind = names[code.builtinCode]
+        assert kind in ON_GPU
+        assert ON_GPU[kind] in (-1, code.version) or code.version < ON_GPU[kind]
+        inputs = [graph.tensors[index] for index in operator.inputs]
+        constant = [model.buffers[tensor.buffer].data is not None for tensor in inputs]
+        values = [tensor for tensor, fixed in zip(inputs, constant, strict=True) if not fixed]
+        made = {index for other in graph.operators for index in other.outputs} | set(graph.inputs)
+        assert {index for index, fixed in zip(operator.inputs, constant, strict=True) if not fixed} <= made
+        allowed = {types.FLOAT32, types.UINT8} if kind == "DEQUANTIZE" else {types.FLOAT32}
+        assert {tensor.type for tensor in values} <= allowed
+        if kind in BROADCASTS:
+            assert len({len(tensor.shape) for tensor in values}) == 1
+            assert all(np.prod(tensor.shape) == 1 for tensor, fixed in zip(inputs, constant, strict=True) if fixed)
+        if kind in ("MEAN", "PAD"):
+            assert constant == [False, True]
+            assert inputs[1].type == types.INT32
+            assert kind == "MEAN" or list(inputs[1].shape) == [4, 2]
+        if kind == "FULLY_CONNECTED":
+            assert list(inputs[0].shape[1:3]) == [1, 1]
+
+
+ON_A_GPU = """
+import sys
+import numpy as np
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+
+model = CompiledModel.from_file("model.tflite", hardware_accel=HardwareAccelerator.GPU)
+assert model.is_fully_accelerated()
+inputs, outputs = model.create_input_buffers(0), model.create_output_buffers(0)
+inputs[0].write(np.load("pixels.npy"))
+model.run_by_index(0, inputs, outputs)
+np.save("logits.npy", outputs[0].read(20, np.float32).reshape(2, 10))
+"""
+
+
+@pytest.mark.parametrize(("activation", "gate"), [("swish", "sigmoid"), ("h-swish", "h-sigmoid")])
+def test_a_gpu_computes_the_same(activation, gate, path):
+    """In LiteRT's own GPU accelerator, on a GPU in software: SwiftShader, as Debian's chromium-common brings it."""
+    driver = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
+    if not driver.exists():
+        pytest.skip("needs a GPU in software: apt-get install chromium-common")
+    space = replace(tiny_space(), activation=activation)
+    space = replace(space, squeeze_excite=replace(space.squeeze_excite, gate=gate))
+    layers = lower(space, replace(space.smallest(), resolution=30))
+    form = Form(precision="fp16", pixels=pixels_of(layers), batch=2)
+    writer, images = TfliteExporter(form), random_images(layers, 2, seed=1)
+    writer.write(layers, tensors_with_ranges(layers, trained_network(layers), images), path)
+    expected = {"PAD", "MEAN", "MUL", "ADD", "AVERAGE_POOL_2D", "FULLY_CONNECTED", "DEQUANTIZE"}
+    assert operators(path).keys() > expected | {"HARD_SWISH" if activation == "h-swish" else "LOGISTIC"}
+    pixels = form.pixels.of(images).transpose(0, 2, 3, 1).astype(np.uint8)
+    np.save(path.with_name("pixels.npy"), np.ascontiguousarray(pixels))
+    environment = os.environ | {"VK_ICD_FILENAMES": str(driver), "VK_DRIVER_FILES": str(driver)}
+    command = [sys.executable, "-c", ON_A_GPU]
+    done = subprocess.run(command, env=environment, cwd=path.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = writer.infer(path, images)
+    # A GPU may compute in 16 bits.
+    np.testing.assert_allclose(np.load(path.with_name("logits.npy")), expected, atol=0.01 * np.abs(expected).max())
 
 
 # -------------------------------------------------------------------- int8
@@ -250,12 +409,96 @@ def test_int8_needs_ranges(path):
     assert not path.exists()
 
 
+# -------------------------------------------------------------------- int8 with layers in float32
+
+
+@pytest.fixture(scope="module")
+def quantised():
+    """A network, its tensors with ranges, images, and a stand-in for accuracy, as it was never trained."""
+    space = tiny_space()
+    network = trained_network(lower(space, space.largest()))
+    tensors = tensors_with_ranges(network.layers, network, random_images(network.layers, 16, seed=0))
+    images = random_images(network.layers, 64, seed=1)
+    expected = network(torch.from_numpy(images)).numpy()
+
+    def accuracy(writer, path):
+        found = writer.infer(path, images)
+        return correlation(found - found.mean(0), expected - expected.mean(0))
+
+    return network, tensors, images, accuracy
+
+
+@pytest.mark.parametrize("what", ["normalised", "pixels"])
+def test_kept_layers_compute_in_float(quantised, what, path):
+    """The more of them, the closer; all of them is the network itself."""
+    network, tensors, images, _ = quantised
+    pixels = Pixels((0.5,), (0.25,)) if what == "pixels" else None
+    images = images if pixels is None else ((pixels.of(images) / 255 - 0.5) / 0.25).astype(np.float32)
+    expected = network(torch.from_numpy(images[:8])).numpy()
+    errors = []
+    for share in (0, 0.5, 1):
+        keep = [layer.name for layer in network.layers[: round(share * len(network.layers))]]
+        writer = exporter("tflite", "int8", keep, pixels=pixels)
+        found = writer.infer(writer.write(network.layers, tensors, path).path, images[:8])
+        errors.append(float(((found - expected) ** 2).mean()))
+    assert errors[0] > errors[2]
+    assert errors[2] < 1e-8
+    assert "QUANTIZE" not in operators(path)
+    assert operators(path).get("DEQUANTIZE", 0) == (what == "pixels")
+
+
+@pytest.mark.parametrize("name", ["stage1.block1.add", "stage3.block1.se.scale", "stem", "head.pool", "classifier"])
+def test_any_layer_can_be_kept(quantised, name, path):
+    """XNNPACK still takes all but the average pools, and no other value is converted than those at its borders."""
+    network, tensors, _, accuracy = quantised
+    writer = exporter("tflite", "int8", [name])
+    assert accuracy(writer, writer.write(network.layers, tensors, path).path) > 0.7
+    kept = next(layer for layer in network.layers if layer.name == name)
+    pools = sum(layer.kind == "avg_pool" for layer in network.layers)
+    assert len(delegated(path)[0]) == 1 + pools
+    found = operators(path)
+    ends = name in ("stem", "classifier")  # they have the image and the logits as they are
+    assert (found["QUANTIZE"], found["DEQUANTIZE"]) == ((1, 1) if ends else (2, 1 + len(kept.inputs)))
+
+
+def test_a_value_is_converted_once(quantised, path):
+    """However many layers read it on the other side."""
+    network, tensors, _, _ = quantised
+    readers = Counter(name for layer in network.layers for name in layer.inputs)
+    shared = next(name for name, count in readers.items() if count > 1 and name != IMAGE)
+    for keep in ([shared], [layer.name for layer in network.layers if shared in layer.inputs]):
+        exporter("tflite", "int8", keep).write(network.layers, tensors, path)
+        model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+        names = [tensor.name.decode() for tensor in model.subgraphs[0].tensors]
+        assert len(set(names)) == len(names)
+        assert sum(name.startswith(f"{shared}.int8") or name.startswith(f"{shared}.float32") for name in names) == 1
+
+
+def test_sensitive_blocks_stay_in_float32(quantised):
+    network, tensors, images, accuracy = quantised
+    tensors = {**tensors, "stage2.block1.depthwise.range": np.float32([-1e4, 1e4])}  # steps far too coarse
+    whole = exporter("tflite", "int8")
+    writer, found = within_drop(network, tensors, whole, images[:16], accuracy, least=0.9)
+    assert found >= 0.9
+    assert "stage2.block1.depthwise" in writer.form.keep
+    assert len(writer.form.keep) < len(network.layers)
+    assert within_drop(network, tensors, whole, images[:16], accuracy, least=0.0)[0].form.keep == frozenset()
+
+
 # -------------------------------------------------------------------- the rest
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_size_is_known_beforehand(precision, path):
+    for name in SPACES:
+        layers = small(name)
+        TfliteExporter(Form(precision=precision)).write(layers, random_tensors(layers, np.random.default_rng(0)), path)
+        assert file_bytes(layers, "tflite", precision) == pytest.approx(path.stat().st_size, rel=0.02)
+
+
 def test_unknown_precision():
-    with pytest.raises(InputError, match="format tflite has no precision 'fp16', only fp32, int8"):
-        exporter("tflite", "fp16")
+    with pytest.raises(InputError, match="format tflite has no precision 'bf16', only fp32, fp16, int8"):
+        exporter("tflite", "bf16")
 
 
 def test_writing_needs_no_package(path, monkeypatch):

@@ -10,23 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, Input, Run, folded, tensor, write_pieces
+from hwnas.errors import ExportError
+from hwnas.exporters.base import LOGITS, NORMALISED, Artifact, Exporter, Form, Input, Run, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 # Numbers of the schema, https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs:
-# an operator's code, its oldest versions with float32 and with int8, the type of its table of options (0: it has none)
+# an operator's code, its oldest versions in float and in int8 files, the type of its table of options (0: it has none)
 # and that table's fields: b is an int8, i an int32.
 _OPERATORS = {
     "ADD": (0, 1, 2, 11, "b"),  # activation
     "AVERAGE_POOL_2D": (1, 1, 2, 5, "biiii"),  # padding, stride x and y, window x and y
     "CONV_2D": (3, 1, 3, 1, "biib"),  # padding, stride x and y, activation
     "DEPTHWISE_CONV_2D": (4, 1, 3, 2, "biiib"),  # padding, stride x and y, channel multiplier, activation
-    "DEQUANTIZE": (6, 2, 2, 0, ""),
+    "DEQUANTIZE": (6, 3, 2, 0, ""),
     "FULLY_CONNECTED": (9, 1, 4, 8, "b"),  # activation
     "HARD_SWISH": (117, 1, 1, 0, ""),
     "LOGISTIC": (14, 1, 2, 0, ""),
@@ -35,7 +36,7 @@ _OPERATORS = {
     "PAD": (34, 1, 2, 0, ""),
     "QUANTIZE": (114, 1, 1, 0, ""),
 }
-_TYPES = {"float32": 0, "int32": 2, "int8": 9}
+_TYPES = {"float32": 0, "float16": 1, "int32": 2, "uint8": 3, "int8": 9}
 _SAME, _VALID = 0, 1
 _NONE, _RELU, _RELU6 = 0, 1, 3
 
@@ -124,6 +125,7 @@ class _Grid:
 
     scale: float
     zero_point: int
+    dtype: str = "int8"
 
     @classmethod
     def of(cls, low: float, high: float) -> _Grid:
@@ -134,12 +136,13 @@ class _Grid:
 
 
 _LOGISTIC = _Grid(1 / 256, -128)  # demanded of that operator's output
+_PIXELS = _Grid(1.0, 0, "uint8")
 _TO_ONE, _TO_SIX = _Grid.of(0, 1), _Grid.of(0, 6)
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """A tensor between two operators: its number, shape, and grid if it is int8."""
+    """A tensor between two operators: its number, shape, and grid if it is of integers."""
 
     index: int
     shape: tuple[int, ...]
@@ -152,11 +155,18 @@ class _Writer:
     int8 follows LiteRT's quantisation specification
     (https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec): activations on a grid a
     tensor, a convolution's weights on a symmetric one an output channel, the classifier's on one (one a channel is
-    newer than many phones' runtimes), the biases in 32 bits.
+    newer than many phones' runtimes), the biases in 32 bits. What passes between layers of int8 and those that are kept
+    is converted once each way.
+
+    fp16 is how converters write it: weights and biases of 16 bits, each made float32 by an operator, which XNNPACK and
+    the GPU delegate fold away.
+
+    Nothing is written that the GPU delegate refuses, as LiteRT's `gpu_compatibility.cc` and `model_builder.cc` have it:
+    pixels become numbers by DEQUANTIZE, as neither it nor XNNPACK takes a CAST from uint8.
     """
 
-    def __init__(self, tensors: Mapping[str, NDArray[Any]], *, int8: bool) -> None:
-        self._tensors, self._int8 = tensors, int8
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], form: Form) -> None:
+        self._tensors, self._form, self._batch = tensors, form, form.batch or 1
         self._file = _Flatbuffer()
         self._buffers = [self._file.table("")]  # the first one is empty, and that of all values
         self._values: list[int] = []
@@ -168,23 +178,22 @@ class _Writer:
     def model(self, layers: Sequence[Layer]) -> Iterator[_Piece]:
         """The file of a network, piece by piece."""
         first, last = layers[0], layers[-1]
-        shape = (1, first.in_size, first.in_size, first.in_channels)
-        image = self._made[IMAGE] = self._value(IMAGE, shape, None)
-        if self._int8:
-            self._made[IMAGE] = self._value(f"{IMAGE}.int8", shape, self._grid(IMAGE))
-            self._operator("QUANTIZE", [image.index], self._made[IMAGE])
+        shape = (self._batch, first.in_size, first.in_size, first.in_channels)
+        image = self._made[IMAGE] = self._value(IMAGE, shape, _PIXELS if self._form.pixels else None)
+        int8 = self._form.precision == "int8"
+        kept = self._kept(layers)
         for layer in layers:
-            self._made[layer.name] = self._add(layer, [self._made[name] for name in layer.inputs])
+            dtype = "int8" if int8 and layer.name not in kept else "float32"
+            self._made[layer.name] = self._add(layer, [self._converted(name, dtype) for name in layer.inputs])
         logits = self._made[last.name]
-        if self._int8:
-            logits = self._value(LOGITS, logits.shape, None)
-            self._operator("DEQUANTIZE", [self._made[last.name].index], logits)
+        if logits.grid:
+            logits = self._operator("DEQUANTIZE", [logits.index], self._value(LOGITS, logits.shape, None))
         file, ints = self._file, self._ints
         graph = file.table(
             "oooo", file.vector_of(self._values), ints(image.index), ints(logits.index), file.vector_of(self._operators)
         )
         codes = [
-            file.table("b-ii", min(code, 127), version8 if self._int8 else version, code)
+            file.table("b-ii", min(code, 127), version8 if int8 else version, code)
             for code, version, version8, _, _ in map(_OPERATORS.__getitem__, self._codes)
         ]
         parts = (file.vector_of(codes), file.vector_of([graph]), file.string("hwnas"), file.vector_of(self._buffers))
@@ -192,15 +201,32 @@ class _Writer:
 
     # ------------------------------------------------------------ layers
 
+    def _kept(self, layers: Sequence[Layer]) -> frozenset[str]:
+        """The layers that compute in float32; the normalisation does where the layer that reads it does."""
+        keep = self._form.keep
+        return keep | {NORMALISED for layer in layers if layer.name in keep and NORMALISED in layer.inputs}
+
+    def _converted(self, name: str, dtype: str) -> _Value:
+        """What a layer puts out, in int8 or float32."""
+        value = self._made[name]
+        if dtype == (value.grid.dtype if value.grid else "float32"):
+            return value
+        converted = f"{name}.{dtype}"
+        if converted not in self._made:
+            output = self._value(converted, value.shape, self._grid(name) if dtype == "int8" else None)
+            operator = "QUANTIZE" if dtype == "int8" else "DEQUANTIZE"
+            self._made[converted] = self._operator(operator, [value.index], output)
+        return self._made[converted]
+
     def _add(self, layer: Layer, inputs: list[_Value]) -> _Value:
         source = inputs[0]
-        shape = (1, layer.out_size, layer.out_size, layer.out_channels)
+        shape = (self._batch, layer.out_size, layer.out_size, layer.out_channels)
         match layer.kind:
             case "conv":
                 return self._conv(layer, source)
             case "linear":
-                grid = self._grid(layer.name)
-                logits = self._value(layer.name if self._int8 else LOGITS, (1, layer.out_channels), grid)
+                classes = (self._batch, layer.out_channels)
+                logits = self._output(layer, classes, source) if source.grid else self._value(LOGITS, classes, None)
                 weight = tensor(self._tensors, f"{layer.name}.weight", layer.weight_shape)
                 bias = tensor(self._tensors, f"{layer.name}.bias", (layer.out_channels,)) if layer.bias else None
                 constants = self._weights(layer, weight, bias, source, logits, per_channel=False)
@@ -210,11 +236,15 @@ class _Writer:
                 return self._operator("AVERAGE_POOL_2D", [source.index], pooled, _SAME, 2, 2, 2, 2)
             case "global_pool":
                 axes = self._constant("axes", np.array([1, 2], dtype=np.int32))
-                return self._operator("MEAN", [source.index, axes], self._output(layer, shape), True)
+                return self._operator("MEAN", [source.index, axes], self._output(layer, shape, source), True)
             case "scale":
-                return self._operator("MUL", [value.index for value in inputs], self._output(layer, shape), _NONE)
+                return self._operator(
+                    "MUL", [value.index for value in inputs], self._output(layer, shape, source), _NONE
+                )
             case "add":
-                return self._operator("ADD", [value.index for value in inputs], self._output(layer, shape), _NONE)
+                return self._operator(
+                    "ADD", [value.index for value in inputs], self._output(layer, shape, source), _NONE
+                )
 
     def _conv(self, layer: Layer, source: _Value) -> _Value:
         """A convolution and its activation; the padding is symmetric, which SAME is not at stride 2 and even sizes."""
@@ -227,8 +257,8 @@ class _Writer:
             padding = _VALID
             source = self._padded(source, f"{layer.name}.padded", before, total - before)
         fused = layer.activation in (None, "relu")
-        shape = (1, layer.out_size, layer.out_size, layer.out_channels)
-        output = self._output(layer, shape, "" if fused else ".preactivation")
+        shape = (self._batch, layer.out_size, layer.out_size, layer.out_channels)
+        output = self._output(layer, shape, source, "" if fused else ".preactivation")
         inputs = [source.index, *self._weights(layer, weight, bias, source, output)]
         activation = _RELU if layer.activation == "relu" else _NONE
         if layer.depthwise:
@@ -238,8 +268,8 @@ class _Writer:
         return output if fused else self._activation(layer, output)
 
     def _padded(self, source: _Value, name: str, before: int, after: int) -> _Value:
-        _, height, width, channels = source.shape
-        output = self._value(name, (1, height + before + after, width + before + after, channels), source.grid)
+        batch, height, width, channels = source.shape
+        output = self._value(name, (batch, height + before + after, width + before + after, channels), source.grid)
         sides = [[0, 0], [before, after], [before, after], [0, 0]]
         amounts = self._constant(f"padding.{before}.{after}", np.array(sides, dtype=np.int32))
         return self._operator("PAD", [source.index, amounts], output)
@@ -247,8 +277,8 @@ class _Writer:
     def _activation(self, layer: Layer, source: _Value) -> _Value:
         if layer.activation in ("sigmoid", "h-sigmoid"):
             return self._gate(layer.activation, source, layer.name)
-        output = self._output(layer, source.shape)
-        if layer.activation == "h-swish" and not self._int8:
+        output = self._output(layer, source.shape, source)
+        if layer.activation == "h-swish" and not source.grid:
             return self._operator("HARD_SWISH", [source.index], output)
         # XNNPACK has no HARD_SWISH of int8: every one would cut the network in two, and take twice as long as these.
         gate = self._gate("sigmoid" if layer.activation == "swish" else "h-sigmoid", source, f"{layer.name}.gate")
@@ -256,32 +286,30 @@ class _Writer:
 
     def _gate(self, kind: str, source: _Value, name: str) -> _Value:
         if kind == "sigmoid":
-            return self._operator("LOGISTIC", [source.index], self._value(name, source.shape, self._fixed(_LOGISTIC)))
-        sixfold = self._value(f"{name}.sixfold", source.shape, self._fixed(_TO_SIX))
-        self._operator("ADD", [source.index, self._scalar("three", 3)], sixfold, _RELU6)
-        gate = self._value(name, source.shape, self._fixed(_TO_ONE))
-        return self._operator("MUL", [sixfold.index, self._scalar("sixth", 1 / 6)], gate, _NONE)
+            gate = self._value(name, source.shape, _LOGISTIC if source.grid else None)
+            return self._operator("LOGISTIC", [source.index], gate)
+        sixfold = self._value(f"{name}.sixfold", source.shape, _TO_SIX if source.grid else None)
+        self._operator("ADD", [source.index, self._scalar("three", 3, source)], sixfold, _RELU6)
+        gate = self._value(name, source.shape, _TO_ONE if source.grid else None)
+        return self._operator("MUL", [sixfold.index, self._scalar("sixth", 1 / 6, source)], gate, _NONE)
 
     # ------------------------------------------------------------ tensors
 
-    def _fixed(self, grid: _Grid) -> _Grid | None:
-        return grid if self._int8 else None
-
-    def _grid(self, name: str) -> _Grid | None:
+    def _grid(self, name: str) -> _Grid:
         """Of the values that a range is given for."""
-        if not self._int8:
-            return None
         low, high = map(float, tensor(self._tensors, f"{name}.range", (2,)))
         return _Grid.of(low, high)
 
-    def _output(self, layer: Layer, shape: tuple[int, ...], part: str = "") -> _Value:
-        return self._value(f"{layer.name}{part}", shape, self._grid(f"{layer.name}{part}"))
+    def _output(self, layer: Layer, shape: tuple[int, ...], source: _Value, part: str = "") -> _Value:
+        """Of integers if the source is."""
+        name = f"{layer.name}{part}"
+        return self._value(name, shape, self._grid(name) if source.grid else None)
 
     def _value(self, name: str, shape: tuple[int, ...], grid: _Grid | None) -> _Value:
         if grid is None:
             return _Value(self._tensor(name, shape, "float32"), shape, None)
         quantised = self._quantised(np.array([grid.scale]), grid.zero_point)
-        return _Value(self._tensor(name, shape, "int8", quantised=quantised), shape, grid)
+        return _Value(self._tensor(name, shape, grid.dtype, quantised=quantised), shape, grid)
 
     def _weights(
         self,
@@ -297,10 +325,7 @@ class _Writer:
         name, channels = layer.name, layer.out_channels
         bias = np.zeros(channels) if bias is None else bias
         if source.grid is None or output.grid is None:
-            return (
-                self._constant(f"{name}.weight", weight.astype(np.float32, copy=False)),
-                self._constant(f"{name}.bias", bias.astype(np.float32)),
-            )
+            return self._floats(layer, "weight", weight), self._floats(layer, "bias", bias)
         axis = 3 if layer.depthwise else 0  # of the output channels
         others = tuple(other for other in range(weight.ndim) if other != axis) if per_channel else None
         largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
@@ -315,10 +340,27 @@ class _Writer:
             self._constant(f"{name}.bias", whole.astype(np.int32), self._quantised(units, 0)),
         )
 
-    def _scalar(self, name: str, value: float) -> int:
-        if not self._int8:
+    def _floats(self, layer: Layer, part: str, value: NDArray[Any]) -> int:
+        """The number of a constant tensor of float32, or of what is made of one of float16."""
+        name = f"{layer.name}.{part}"
+        if self._form.precision != "fp16":
+            return self._constant(name, value.astype(np.float32, copy=False))
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        if not np.isfinite(half).all():
+            greatest = np.abs(value).max()
+            raise ExportError(
+                f"layer {layer.name} has a {part} of {greatest:.4g}, fp16 ends at 65504: export it in fp32"
+            )
+        constant = self._constant(f"{name}.float16", half)
+        return self._operator("DEQUANTIZE", [constant], self._value(name, value.shape, None)).index
+
+    def _scalar(self, name: str, value: float, source: _Value) -> int:
+        """A constant that is added to, or multiplied with, the source."""
+        if not source.grid:
             return self._constant(name, np.array([value], dtype=np.float32))
-        return self._constant(name, np.array([127], dtype=np.int8), self._quantised(np.array([value / 127]), 0))
+        grid = self._quantised(np.array([value / 127]), 0)
+        return self._constant(f"{name}.int8", np.array([127], dtype=np.int8), grid)
 
     def _constant(self, name: str, value: NDArray[Any], quantised: int | None = None) -> int:
         if name not in self._constants:
@@ -358,21 +400,26 @@ class _Writer:
 class TfliteExporter(Exporter):
     """Writes TFLite files.
 
-    Their input is `image`, float32 (1, resolution, resolution, in_channels), normalised, their output `logits`, float32
-    (1, num_classes). The values in between have the layers' names. int8 files compute in integers between the two.
+    Their input is `image`, (batch, resolution, resolution, in_channels), float32 and normalised, or pixels in uint8;
+    their output `logits`, float32 (batch, num_classes). The values in between have the layers' names. fp16 files hold
+    weights of 16 bits; what they are computed in is the runtime's choice, float32 of XNNPACK unless it is told to. int8
+    files compute in integers but for the layers that are kept.
     """
 
     format: ClassVar[str] = "tflite"
     suffix: ClassVar[str] = ".tflite"
     input: ClassVar[Input] = Input("NHWC", "float32")
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    pixel_input: ClassVar[Input | None] = Input("NHWC", "uint8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    batches: ClassVar[Literal["one", "fixed", "any"]] = "fixed"
+    mixes: ClassVar[bool] = True
     runtime: ClassVar[str] = "LiteRT"
     packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert",)
     extra: ClassVar[str] = "litert"
 
     def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        pieces = _Writer(tensors, int8=self.precision == "int8").model(layers)
+        pieces = _Writer(tensors, self.form).model(layers)
         return Artifact(path, self.format, self.precision, write_pieces(path, pieces))
 
     @staticmethod
@@ -384,7 +431,7 @@ class TfliteExporter(Exporter):
         interpreter.allocate_tensors()
         source, logits = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
-        def run(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        def run(image: NDArray[Any]) -> NDArray[np.float32]:
             interpreter.set_tensor(source["index"], image)
             interpreter.invoke()
             return interpreter.get_tensor(logits["index"])  # type: ignore[no-any-return]
