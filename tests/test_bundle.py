@@ -314,7 +314,7 @@ def test_snippets_have_the_preprocessing(colours, format, name, tmp_path):
     write(colours, tmp_path / "bundle", format)
     text = (tmp_path / "bundle" / name).read_text()
     assert "32" in text
-    mean = "127.5f, 102f, 76.5f" if format == "ncnn" else "0.5f, 0.400000006f"
+    mean = "{127.5, 102, 76.5}" if format == "ncnn" else "0.5f, 0.400000006f"
     assert mean in text or "0.5f, 0.4f, 0.3f" in text
     assert "{" in text
     assert "{{" not in text

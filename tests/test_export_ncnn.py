@@ -4,22 +4,31 @@ import hashlib
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import hwnas
+from hwnas.bundles import classify
+from hwnas.bundles.manifest import Accuracy, ImagePreprocessing
+from hwnas.bundles.parity import Parity, correlation
+from hwnas.bundles.quantise import within_drop
+from hwnas.bundles.write import About, write_bundle
 from hwnas.devices import load_device
 from hwnas.devices.base import DeviceGoneError
 from hwnas.devices.runtimes.ncnn import VULKAN_CPU, Runtime
 from hwnas.devices.transports.host import Host
 from hwnas.devices.worker_device import WorkerDevice
 from hwnas.errors import DeviceError, ExportError, InputError
-from hwnas.exporters.base import Form, exporter, folded, random_tensors
+from hwnas.exporters.base import Form, Pixels, exporter, folded, random_tensors
 from hwnas.exporters.ncnn import NcnnExporter
 from hwnas.layers import Layer, lower
 from hwnas.network import function, run
@@ -38,7 +47,7 @@ ncnn = pytest.importorskip("ncnn", reason="ncnn is not installed: pip install 'h
 
 
 class TestNcnnExporter(ExporterContract):
-    @pytest.fixture(params=["fp32", "int8"])
+    @pytest.fixture(params=["fp32", "fp16", "int8"])
     def exporter(self, request):
         return exporter("ncnn", request.param)
 
@@ -46,8 +55,11 @@ class TestNcnnExporter(ExporterContract):
 # -------------------------------------------------------------------- int8
 
 
-def quantised(layers, tensors, images):
-    """The last layer's output where inputs and weights of all products are rounded as int8 says, else in float32."""
+def quantised(layers, tensors, images, keep=()):
+    """The last layer's output where inputs and weights of all products are rounded as int8 says, else in float32.
+
+    Layers in `keep` are not rounded.
+    """
 
     def rounded(values, largest, integer=127):
         step = np.where(largest > 0, largest, 1) / integer
@@ -56,14 +68,16 @@ def quantised(layers, tensors, images):
     def call(layer, x, *others):
         if layer.kind not in ("conv", "linear"):
             return function(layer, {}, False, x, *others)
-        x = rounded(x, np.abs(tensors[f"{layer.inputs[0]}.range"]).max())
+        rounds = layer.name not in keep
+        x = rounded(x, np.abs(tensors[f"{layer.inputs[0]}.range"]).max()) if rounds else x
         name = f"{layer.name}.conv" if layer.kind == "conv" else layer.name
         weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
         if layer.kind == "conv":
             weight, bias = folded(layer, tensors)
         largest = np.abs(weight).max(tuple(range(1, weight.ndim)), keepdims=True)
         six_bits = layer.kernel == 3 and layer.stride == 1 and not layer.depthwise
-        changed = {f"{name}.weight": rounded(weight, largest, 31 if six_bits else 127)}
+        weight = rounded(weight, largest, 31 if six_bits else 127) if rounds else torch.from_numpy(weight)
+        changed = {f"{name}.weight": weight}
         if bias is not None:
             changed[f"{name}.bias"] = torch.from_numpy(bias.astype(np.float32))
         return function(replace(layer, norm=False), changed, False, x)
@@ -71,23 +85,20 @@ def quantised(layers, tensors, images):
     return run(layers, call, images).numpy()
 
 
-def int8_logits(layers, path):
+def int8_logits(layers, path, keep=()):
     """Of the file, of the ideal int8, and of the network, (8, num_classes); the ranges are those of the images."""
     network, images = trained_network(layers), random_images(layers, 8, seed=1)
     tensors = tensors_with_ranges(layers, network, images)
-    NcnnExporter(Form(precision="int8")).write(layers, tensors, path)
+    writer = exporter("ncnn", "int8", keep)
+    writer.write(layers, tensors, path)
     inputs = torch.from_numpy(images)
     expected = network(inputs).numpy()
     assert np.ptp(expected) > 0
-    return NcnnExporter(Form(precision="int8")).infer(path, images), quantised(layers, tensors, inputs), expected
+    return writer.infer(path, images), quantised(layers, tensors, inputs, keep), expected
 
 
 # ncnn's depthwise kernels for x86 divide by the scales with rcpps, which is that inexact (Intel: 1.5 * 2**-12).
 RECIPROCAL = 4e-4
-
-
-def correlation(one, other):
-    return np.corrcoef(one.ravel(), other.ravel())[0, 1]
 
 
 def conv(name, source, channels, size, **options):
@@ -137,6 +148,89 @@ def test_int8_computes_nearly_what_the_network_does(resolution, tmp_path):
         assert np.abs(found - expected).max() > 1e-3 * np.abs(expected).max()  # it is not float32
 
 
+@pytest.fixture(scope="module")
+def biggest():
+    """A network, its tensors with ranges, images, and the logits of them."""
+    space = tiny_space()
+    network = trained_network(lower(space, space.largest()))
+    tensors = tensors_with_ranges(network.layers, network, random_images(network.layers, 16, seed=0))
+    images = random_images(network.layers, 64, seed=1)
+    return network, tensors, images, network(torch.from_numpy(images)).numpy()
+
+
+def test_kept_layers_compute_in_float(biggest, tmp_path):
+    """The more of them, the closer; all of them is the network itself."""
+    network, tensors, images, expected = biggest
+    errors = []
+    for share in (0, 0.5, 1):
+        keep = [layer.name for layer in network.layers[: round(share * len(network.layers))]]
+        writer = exporter("ncnn", "int8", keep)
+        found = writer.infer(writer.write(network.layers, tensors, tmp_path / "m.param").path, images)
+        errors.append(float(((found - expected) ** 2).mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] < 1e-9
+
+
+def test_any_layers_can_be_kept(biggest, tmp_path):
+    """Half of them, so that values of every type go to layers of every other."""
+    network, tensors, images, expected = biggest
+    errors, rng = [], np.random.default_rng(0)
+    for share in (0, *[0.5] * 12):
+        keep = [layer.name for layer in network.layers if rng.random() < share]
+        writer = exporter("ncnn", "int8", keep)
+        found = writer.infer(writer.write(network.layers, tensors, tmp_path / "m.param").path, images[:8])
+        errors.append(float(((found - expected[:8]) ** 2).mean()))
+    assert max(errors[1:]) < 1.2 * errors[0]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "h-swish"])
+@pytest.mark.parametrize(
+    ("keep", "terms"),
+    [("a", ["0", "101", "2"]), ("b", ["2", "0", "2"]), ("c", ["102", "1", "0"]), ("abc", ["0", "0", "0"])],
+)
+def test_integers_go_only_to_layers_of_integers(activation, keep, terms, tmp_path):
+    layers = (
+        conv("a", "image", 16, 11, activation=activation),
+        conv("b", "a", 16, 11, kernel=5, groups=16, activation=activation),
+        conv("c", "b", 16, 11),
+    )
+    found, ideal, _ = int8_logits(layers, tmp_path / "m.param", keep)
+    lines = (tmp_path / "m.param").read_text().splitlines()
+    assert [(re.findall(r" 8=(\d+)", line) or ["0"])[0] for line in lines if line.startswith("Conv")] == terms
+    assert np.mean(np.abs(found - ideal) > RECIPROCAL * np.abs(ideal).max()) < 0.05
+    assert correlation(found, ideal) > 0.9999
+
+
+def test_sensitive_blocks_stay_in_float32(biggest):
+    network, tensors, images, expected = biggest
+    tensors = {**tensors, "stage2.block1.se.scale.range": np.float32([-1e4, 1e4])}  # steps far too coarse
+    whole = exporter("ncnn", "int8")
+
+    def accuracy(writer, path):
+        found = writer.infer(path, images)
+        return correlation(found - found.mean(0), expected - expected.mean(0))
+
+    writer, found = within_drop(network, tensors, whole, images[:16], accuracy, least=0.9)
+    assert found >= 0.9
+    assert "stage2.block1.project" in writer.form.keep
+    assert len(writer.form.keep) < len(network.layers)
+
+
+def test_the_normalisation_of_pixels_is_not_rounded(tmp_path):
+    """Steps of int8 are two of the 255 that pixels have: a network that only passes them on keeps all."""
+    layers = (conv("a", "image", 3, 8, norm=False),)
+    eye = {"a.conv.weight": np.eye(3, dtype=np.float32)[:, :, None, None], "a.range": np.float32([0, 1])}
+    tensors = {**eye, "image.range": np.float32([0, 1])}
+    pixels = Pixels((0.0, 0.1, 0.2), (1.0, 0.5, 0.25))
+    images = np.random.default_rng(0).uniform(0, 1, (4, 3, 8, 8)).astype(np.float32)
+    for precision, keep in (("int8", {"a"}), ("fp16", ())):
+        writer = exporter("ncnn", precision, keep, pixels=pixels)
+        found = writer.infer(writer.write(layers, tensors, tmp_path / "m.param").path, images)
+        mean, std = (np.float32(values).reshape(-1, 1, 1) for values in (pixels.mean, pixels.std))
+        np.testing.assert_allclose(found, (pixels.of(images) / 255 - mean) / std, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3"])
 def test_int8_is_as_near_as_rounding_allows(name, tmp_path):
     """Deep networks that were never trained magnify every rounding: the ideal int8 is as far away."""
@@ -144,6 +238,49 @@ def test_int8_is_as_near_as_rounding_allows(name, tmp_path):
     layers = lower(space, replace(space.sample(np.random.default_rng(0)), resolution=33))
     found, ideal, expected = int8_logits(layers, tmp_path / "m.param")
     assert 1 - correlation(found, expected) < 2 * (1 - correlation(ideal, expected))
+
+
+# -------------------------------------------------------------------- fp16
+
+
+@pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
+@pytest.mark.parametrize("pick", ["smallest", "largest"])
+def test_fp16_passes_the_gate(name, pick, tmp_path):
+    """And it is not float32."""
+    space = SearchSpace.load(name, num_classes=10)
+    layers = lower(space, replace(getattr(space, pick)(), resolution=64))
+    network, images = trained_network(layers), random_images(layers, 16, seed=1)
+    tensors, writer = tensors_with_ranges(layers, network, images), NcnnExporter(Form(precision="fp16"))
+    found = writer.infer(writer.write(layers, tensors, tmp_path / "m.param").path, images)
+    parity = Parity.of(network(torch.from_numpy(images)).numpy(), found, "fp16", "ncnn")
+    assert parity.passed, str(parity)
+    assert parity.max_abs_diff > 1e-5
+
+
+def test_fp16_weights_are_rounded_to_the_nearest(tmp_path):
+    """Also subnormal ones, and an odd number of them."""
+    weight = np.float32([1 / 3, 65519, 3e-6, -(2.0**-24), 1e-9, -65504, 0, 1, 2.5]).reshape(1, 1, 3, 3)
+    layers = (conv("a", "image", 1, 1, kernel=3, norm=False), conv("b", "a", 1, 1, norm=False, bias=True))
+    tensors = {
+        "a.conv.weight": weight,
+        "b.conv.weight": np.ones((1, 1, 1, 1), np.float32),
+        "b.conv.bias": np.float32([1 / 3]),  # float32, as all biases
+    }
+    NcnnExporter(Form(precision="fp16")).write(layers, tensors, tmp_path / "m.param")
+    tag = bytes([0x47, 0x6B, 0x30, 0x01])
+    ones = np.float16([1]).tobytes()
+    expected = (
+        tag + weight.astype(np.float16).tobytes() + b"\0\0" + tag + ones + b"\0\0" + np.float32([1 / 3]).tobytes()
+    )
+    assert (tmp_path / "m.bin").read_bytes() == expected
+
+
+def test_weights_that_are_too_large_for_fp16(tmp_path):
+    writer, layers, tensors = smallest("fp16")
+    tensors["classifier.weight"][3, 2] = -65520
+    with pytest.raises(ExportError, match="a weight of classifier is 65520, and fp16 ends at 65504: export fp32"):
+        writer.write(layers, tensors, tmp_path / "m.param")
+    assert not list(tmp_path.iterdir())
 
 
 # -------------------------------------------------------------------- single layers
@@ -220,7 +357,7 @@ def test_graph_is_valid(tmp_path):
     assert {layer.name for layer in layers[:-1]} <= set(made)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_hash_is_of_both_files(precision, tmp_path):
     writer, layers, tensors = smallest(precision)
     artifact = writer.write(layers, tensors, tmp_path / "m.param")
@@ -231,14 +368,15 @@ def test_hash_is_of_both_files(precision, tmp_path):
     assert other.sha256 != artifact.sha256
 
 
-def test_int8_weights_take_a_quarter(tmp_path):
+def test_size_of_weights(tmp_path):
     space = SearchSpace.load("ofa-mbv3")
     layers = lower(space, space.largest())
     tensors = random_tensors(layers, np.random.default_rng(0))
-    for precision in ("fp32", "int8"):
+    for precision in ("fp32", "fp16", "int8"):
         NcnnExporter(Form(precision=precision)).write(layers, tensors, tmp_path / f"{precision}.param")
     sizes = {path.stem: path.stat().st_size for path in tmp_path.glob("*.bin")}
     assert sizes["int8"] < 0.3 * sizes["fp32"]
+    assert 0.5 < sizes["fp16"] / sizes["fp32"] < 0.51
 
 
 def test_int8_needs_ranges(tmp_path):
@@ -297,8 +435,88 @@ def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ncnn", None)
     with pytest.raises(ExportError, match=r"pip install 'hwnas\[ncnn\]'"):
         NcnnExporter().infer(tmp_path / "m.param", np.zeros((1, 1, 8, 8), dtype=np.float32))
-    with pytest.raises(InputError, match="format ncnn has no precision 'fp16', only fp32, int8"):
-        NcnnExporter(Form(precision="fp16"))
+    with pytest.raises(InputError, match="format ncnn has no precision 'bf16', only fp32, fp16, int8"):
+        NcnnExporter(Form(precision="bf16"))
+
+
+# -------------------------------------------------------------------- run.cc
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """What turns a run.cc into a program: the line that is in it, but for the folder."""
+    environment = dict(os.environ)
+    if prefix := os.environ.get("HWNAS_TEST_NCNN"):
+        environment["PKG_CONFIG_PATH"] = f"{prefix}/lib/pkgconfig"
+    for command in (["g++", "--version"], ["pkg-config", "--exists", "ncnn"]):
+        if not shutil.which(command[0]) or subprocess.run(command, env=environment, capture_output=True).returncode:
+            pytest.skip("needs g++ and pkg-config ncnn, or $HWNAS_TEST_NCNN, where ncnn was installed")
+
+    def build(bundle):
+        line = re.search(r"^// +(g\+\+ .*)$", (bundle / "run.cc").read_text(), re.MULTILINE)[1]
+        command = f"{line} -Wall -Wextra -Werror -isystem $(pkg-config --variable=includedir ncnn)/ncnn"
+        done = subprocess.run(["sh", "-c", command], cwd=bundle, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return build
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("precision", "of_pixels"), [("fp32", False), ("fp16", False), ("int8", False), ("fp32", True), ("int8", True)]
+)
+def test_run_cc_answers_as_run_py_does(precision, of_pixels, channels, compiler, tmp_path):
+    """The compiled program, of the same image files."""
+    how = ImagePreprocessing(
+        channels=channels, size=40, resolution=32, mean=(0.5, 0.4, 0.3)[:channels], std=(0.2, 0.25, 0.3)[:channels]
+    )
+    space = replace(tiny_space(), in_channels=channels, num_classes=7)
+    layers = lower(space, replace(space.smallest(), resolution=32))
+    network, rng = trained_network(layers), np.random.default_rng(0)
+    fields = rng.integers(0, 256, (28, 4, 4, 3), dtype=np.uint8)
+    photos = [Image.fromarray(colours).resize((90, 60), Image.Resampling.BICUBIC) for colours in fields]
+    some = np.stack([classify.normalised(photo, asdict(how)).transpose(2, 0, 1) for photo in photos[:16]])
+    network.classifier.weight *= 100  # else all images are nearly alike to it
+    network.classifier.bias -= network(torch.from_numpy(some)).mean(0)
+    pixels = Pixels(how.mean, how.std) if of_pixels else None
+    about = About(
+        architecture={},
+        architecture_text="",
+        space="tiny",
+        classes=("a", 'q"\\"', "{0}", "%s", "größe", "\x1b\n", "//"),
+        preprocessing=how,
+        accuracy=Accuracy(split="test", value=0.5, num_images=10, computed_by="torch"),
+        latency=None,
+        limits=(),
+        training={},
+        licences={},
+        front=None,
+    )
+    bundle, writer = tmp_path / "bundle", exporter("ncnn", precision, pixels=pixels)
+    write_bundle(network, tensors_with_ranges(layers, network, some), writer, some, bundle, lambda artifact: about)
+    compiler(bundle)
+    seen, raw = set(), tmp_path / "pixels.raw"
+    for photo in photos[16:]:
+        raw.write_bytes(classify.pixels(photo, asdict(how)).tobytes())
+        done = subprocess.run(["../run", raw], cwd=bundle, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        name, _, percent = done.stdout.removesuffix("%\n").rpartition(" ")
+        expected = hwnas.load_bundle(bundle).predict([photo])
+        assert name == expected.classes[0]
+        # Kernels for other processors round int8 otherwise.
+        assert float(percent) == pytest.approx(
+            100 * expected.probabilities.max(), abs=2 if precision == "int8" else 0.1
+        )
+        seen.add(name)
+    assert len(seen) > 1
+    for words in ([], [tmp_path / "no.raw"]):
+        done = subprocess.run(["../run", *words], cwd=bundle, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("usage: ../run pixels.raw")
+    (bundle / "model.bin").unlink()
+    done = subprocess.run(["../run", raw], cwd=bundle, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "model.param and model.bin cannot be read" in done.stderr
 
 
 # -------------------------------------------------------------------- the runtime

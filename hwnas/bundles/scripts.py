@@ -24,41 +24,53 @@ Written by hwnas {version}, Apache-2.0. The preprocessing is that of manifest.js
 
 RUN_CC = """\
 // Classifies an image with {name}, in ncnn (https://github.com/Tencent/ncnn). Written by hwnas {version}, Apache-2.0.
-//   g++ -O2 run.cc -o run $(pkg-config --cflags --libs ncnn) && ./run pixels.raw
+// In this folder; the program goes elsewhere, as `hwnas verify` refuses a bundle with a file more:
+//   g++ -O2 run.cc -o ../run -I"$(pkg-config --variable=includedir ncnn)/ncnn" $(pkg-config --libs ncnn) -fopenmp
+//   ../run pixels.raw    prints the likeliest class and its probability
 // pixels.raw: {size} x {size} x {channels} bytes, {order} by pixel: the image after every resize of manifest.json, as
 // the function `pixels` of run.py gives it. ncnn's own resizing has no antialiasing.
 #include "net.h"
 
+#include <cmath>
 #include <cstdio>
 #include <vector>
 
 static const char* kClasses[] = {{{classes}}};
 
+static int fail(const char* what) {{
+  std::fprintf(stderr, "%s\\n", what);
+  return 1;
+}}
+
 int main(int argc, char** argv) {{
   std::vector<unsigned char> pixels({size} * {size} * {channels});
   FILE* file = argc == 2 ? std::fopen(argv[1], "rb") : nullptr;
-  if (!file || std::fread(pixels.data(), 1, pixels.size(), file) != pixels.size()) return 2;
-  std::fclose(file);
+  const bool whole = file && std::fread(pixels.data(), 1, pixels.size(), file) == pixels.size();
+  if (file) std::fclose(file);
+  if (!whole) return fail("usage: ../run pixels.raw    of {size} x {size} x {channels} bytes");
 
   ncnn::Net net;
   net.opt.num_threads = 1;
   net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = false;  // as it was checked
-  if (net.load_param("{name}") || net.load_model("{weights}")) return 3;
+  if (net.load_param("{name}") || net.load_model("{weights}")) return fail("{name} and {weights} cannot be read");
 
   ncnn::Mat image = ncnn::Mat::from_pixels(pixels.data(), ncnn::Mat::{pixel}, {size}, {size});
-  const float mean[] = {{{mean}}};  // of bytes
-  const float norm[] = {{{norm}}};  // 1 / (255 * std)
-  image.substract_mean_normalize(mean, norm);
-
+{normalise}
   ncnn::Extractor extractor = net.create_extractor();
-  extractor.input("{input}", image);
   ncnn::Mat logits;
-  if (extractor.extract("{output}", logits)) return 4;
+  if (extractor.input("{input}", image) || extractor.extract("{output}", logits)) return fail("{name} cannot be run");
   int best = 0;
   for (int i = 1; i < logits.w; i++)
     if (logits[i] > logits[best]) best = i;
-  std::printf("%s\\n", kClasses[best]);
+  double sum = 0;
+  for (int i = 0; i < logits.w; i++) sum += std::exp(logits[i] - logits[best]);
+  std::printf("%s %.1f%%\\n", kClasses[best], 100 / sum);
 }}
+"""
+NORMALISE_CC = """\
+  const float mean[] = {{{mean}}};  // of bytes
+  const float norm[] = {{{norm}}};  // 1 / (255 * std)
+  image.substract_mean_normalize(mean, norm);
 """
 
 RUN_KT = """\
@@ -184,6 +196,8 @@ def _constants(manifest: Manifest) -> dict[str, object]:
         "norm": [1 / (255 * value) for value in how.std],
         "std": how.std,
     }
+    suffix = "f" if manifest.file.format == "tflite" else ""  # 102f is a float in Kotlin, and an error in C++
+    lists = {name: ", ".join(f"{value:.9g}{suffix}" for value in values) for name, values in numbers.items()}
     return {
         "size": how.resolution,
         "channels": how.channels,
@@ -194,5 +208,6 @@ def _constants(manifest: Manifest) -> dict[str, object]:
         "weights": next((part for part in manifest.file.parts if part != manifest.file.name), ""),
         "input": manifest.input.name,
         "output": manifest.output.name,
-        **{name: ", ".join(f"{value:.9g}f" for value in values) for name, values in numbers.items()},
+        "normalise": "" if manifest.input.values == "pixels" else NORMALISE_CC.format(**lists),
+        **lists,
     }

@@ -87,6 +87,7 @@ class _Bytes:
 _BYTES = {
     ("executorch", "fp32"): _Bytes(4, 0, 0, 224, 117),
     ("ncnn", "fp32"): _Bytes(4, 0, 0, 119, 73),
+    ("ncnn", "fp16"): _Bytes(2, 0, 0, 119, 73),
     ("ncnn", "int8"): _Bytes(1, 4, 4, 130, 66),
     ("onnx", "fp32"): _Bytes(4, 0, 0, 265, 69),
     ("onnx", "fp16"): _Bytes(2, -2, -2, 272, 63),  # biases of two bytes

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, Run, folded, tensor
+from hwnas.errors import ExportError
+from hwnas.exporters.base import LOGITS, NORMALISED, Artifact, Exporter, Input, Run, folded, tensor
 from hwnas.files import replacing
 from hwnas.layers import IMAGE, Layer
 
 _MAGIC = 7767517
-_FP32, _INT8 = b"\0\0\0\0", (0x000D4B38).to_bytes(4, "little")  # ahead of a layer's weights
+# Ahead of a layer's weights, which end at a multiple of four bytes.
+_FP32, _FP16, _INT8 = (tag.to_bytes(4, "little") for tag in (0, 0x01306B47, 0x000D4B38))
 _MUL, _ADD = 2, 0  # BinaryOp's op_type
 _ALPHA_BETA = (np.float32(1 / 6), np.float32(0.5))  # torch's h-sigmoid and h-swish; ncnn's own default is 0.2
 _FUSED: dict[str, str] = {  # parameters 9 and 10 of what has weights
@@ -35,8 +37,11 @@ _PARAMETERS = {"h-sigmoid": " 0={:.9g} 1={:.9g}".format(*_ALPHA_BETA)}
 class _Writer:
     """Collects the lines of the graph, and the weights."""
 
-    def __init__(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], *, int8: bool) -> None:
-        self._tensors, self._int8 = tensors, int8
+    def __init__(
+        self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], precision: str, keep: Collection[str]
+    ) -> None:
+        self._tensors = tensors
+        self._precisions = {layer.name: "fp32" if layer.name in keep else precision for layer in layers}
         self._readers: dict[str, list[Layer]] = {}
         for layer in layers:
             for name in layer.inputs:
@@ -94,7 +99,7 @@ class _Writer:
             shape = f" 0={layer.out_channels} 1={layer.kernel} 3={layer.stride} 4={layer.kernel // 2}"
             options = f"{shape} 5={size.format(6)}" + (f" 7={layer.groups}" if layer.depthwise else "")
         scales: list[NDArray[Any]] = []
-        if self._int8:
+        if self._precisions[layer.name] == "int8":
             scales = self._quantised_scales(layer, weight, flat=flat)
             # 1 and 2 both mean one scale an output channel, but that 2 of a depthwise one would mean a single scale.
             options += f" 8={(1 if layer.depthwise else 2) + (100 if len(scales) > 2 else 0)}"
@@ -104,16 +109,20 @@ class _Writer:
         else:
             self._line(op, inputs, f"{output}.preactivation", options)
             self._line(_LAYERS[activation], [f"{output}.preactivation"], output, _PARAMETERS.get(activation, ""))
-        self._write_weight(weight, scales)
+        self._write_weight(layer, weight, scales)
         for values in [*([] if bias is None else [bias]), *scales]:
             self.weights.append(_bytes(values, "<f4"))
 
-    def _write_weight(self, weight: NDArray[Any], scales: list[NDArray[Any]]) -> None:
-        if not scales:
-            self.weights += [_FP32, _bytes(weight, "<f4")]
-            return
-        integers = np.rint(weight * scales[0].reshape(-1, *[1] * (weight.ndim - 1)))
-        self.weights += [_INT8, _bytes(integers, "i1"), bytes(-weight.size % 4)]
+    def _write_weight(self, layer: Layer, weight: NDArray[Any], scales: list[NDArray[Any]]) -> None:
+        match self._precisions[layer.name]:
+            case "int8":
+                integers = np.rint(weight * scales[0].reshape(-1, *[1] * (weight.ndim - 1)))
+                tag, values = _INT8, _bytes(integers, "i1")
+            case "fp16":
+                tag, values = _FP16, _bytes(_half(layer, weight), "<f2")
+            case _:
+                tag, values = _FP32, _bytes(weight, "<f4")
+        self.weights += [tag, values, bytes(-len(values) % 4)]
 
     def _quantised_scales(self, layer: Layer, weight: NDArray[Any], *, flat: bool) -> list[NDArray[Any]]:
         """Of the weights, the input, and the output where it stays in integers; integer = value times scale."""
@@ -121,9 +130,9 @@ class _Writer:
         winograd = layer.kernel == 3 and layer.stride == 1 and not layer.depthwise
         largest = np.abs(weight.reshape(len(weight), -1)).max(1)
         scales = [_scale(largest, 31 if winograd else 127), self._value_scale(layer.inputs[0])]
-        # As ncnn2int8 does (`fuse_requantize`): between two convolutions the values stay integers.
-        readers = self._readers.get(layer.name, [])
-        if not flat and layer.activation not in _LAYERS and len(readers) == 1 and readers[0].kind == "conv":
+        # As ncnn2int8 does (`fuse_requantize`): between two convolutions of integers the values stay such.
+        readers = [(reader.kind, self._precisions[reader.name]) for reader in self._readers.get(layer.name, [])]
+        if not flat and layer.activation not in _LAYERS and readers == [("conv", "int8")]:
             scales.append(self._value_scale(layer.name))
         return scales
 
@@ -153,6 +162,20 @@ def _scale(largest: NDArray[Any], integer: int = 127) -> NDArray[Any]:
     return (integer / np.where(largest > 0, largest, 1)).astype(np.float32)
 
 
+def _half(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float16]:
+    """Weights in half precision.
+
+    Raises:
+        ExportError: one is too large for it.
+    """
+    with np.errstate(over="ignore"):
+        half = weight.astype(np.float16)
+    if np.isinf(half).any():
+        most, largest = np.finfo(np.float16).max, np.abs(weight).max()
+        raise ExportError(f"a weight of {layer.name} is {largest:.6g}, and fp16 ends at {most:.0f}: export fp32")
+    return half
+
+
 def _bytes(values: NDArray[Any], kind: str) -> memoryview:
     return np.ascontiguousarray(values, dtype=kind).data.cast("B")
 
@@ -160,20 +183,24 @@ def _bytes(values: NDArray[Any], kind: str) -> memoryview:
 class NcnnExporter(Exporter):
     """Writes ncnn's `.param`, and its `.bin` with the weights beside it.
 
-    The input is `image`, the output `logits`; the values in between have the layers' names. Int8 is symmetric: weights
-    by output channel, activations by tensor; what has no weights computes in float32.
+    The input is `image`, the output `logits`; the values in between have the layers' names. fp16 is what weights are
+    stored in, while biases are float32. Int8 is symmetric: weights by output channel, activations by tensor; what has
+    no weights computes in float32. So does the normalisation of pixels, which have twice as many values as the positive
+    integers of int8.
     """
 
     format: ClassVar[str] = "ncnn"
     suffix: ClassVar[str] = ".param"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    pixel_input: ClassVar[Input] = Input("NCHW", "float32")  # as ncnn::Mat::from_pixels gives them
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    mixes: ClassVar[bool] = True
     runtime: ClassVar[str] = "ncnn"
     packages: ClassVar[tuple[str, ...]] = ("ncnn",)
     extra: ClassVar[str] = "ncnn"
 
     def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`; the hash is of the `.param` and the `.bin`, in this order."""
-        writer = _Writer(layers, tensors, int8=self.precision == "int8")
+        writer = _Writer(layers, tensors, self.precision, self.form.keep | {NORMALISED})
         text = writer.param
         digest = hashlib.sha256(text)
         # Both are whole before one takes its place, first the weights.
@@ -186,11 +213,12 @@ class NcnnExporter(Exporter):
 
     @staticmethod
     def load(path: Path) -> Run:
-        """See `Exporter`; in float32, or int8 and float32."""
+        """See `Exporter`."""
         import ncnn
 
         net = ncnn.Net()
         net.opt.num_threads = 1
+        # Values are float32, or int8 and float32, also where weights are float16.
         for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
             setattr(net.opt, option, False)
         if net.load_param(str(path)) or net.load_model(str(path.with_suffix(".bin"))):
