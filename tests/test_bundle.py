@@ -29,7 +29,7 @@ from hwnas.cli import main
 from hwnas.data.images import centre
 from hwnas.data.splits import Preprocessing, TensorSplit, plain, resize
 from hwnas.errors import ExportError, InputError
-from hwnas.exporters.base import Form, exporter
+from hwnas.exporters.base import Form, Pixels, exporter
 from hwnas.exporters.onnx import OnnxExporter
 from hwnas.layers import lower
 from hwnas.space import SearchSpace
@@ -69,7 +69,11 @@ def write(network, target, format="onnx", precision="fp32", num_images=8, about=
     images = random_images(network.layers, num_images, seed=1)
     tensors = tensors_with_ranges(network.layers, network, random_images(network.layers, 8, seed=0))
     about = told() if about is None else about
-    return write_bundle(network, tensors, writer or exporter(format, precision), images, target, lambda artifact: about)
+    writer = writer or exporter(format, precision)
+    if (pixels := writer.form.pixels) is not None:  # real images are made of bytes
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (pixels.mean, pixels.std))
+        images = (pixels.of(images) / np.float32(255) - mean) / std
+    return write_bundle(network, tensors, writer, images, target, lambda artifact: about)
 
 
 def photos(folder, count=12):
@@ -179,6 +183,36 @@ def test_predicts_what_the_network_does(colours, format, tmp_path):
     np.testing.assert_allclose(found.logits, expected, atol=0.1)  # pixels may be 1 of 255 different
     np.testing.assert_allclose(found.probabilities.sum(1), 1, rtol=1e-5)
     assert hwnas.verify(tmp_path / "bundle")["parity"]["passed"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_of_pixels_and_of_batches_predict_alike(colours, format, tmp_path):
+    """Through `load_bundle`, and through the bundle's own run.py."""
+    pytest.importorskip({"tflite": "ai_edge_litert"}.get(format, "onnxruntime" if format == "onnx" else format))
+    write(colours, tmp_path / "plain", format)
+    paths = photos(tmp_path, 6)
+    expected = hwnas.load_bundle(tmp_path / "plain").predict(paths)
+    plain = exporter(format)
+    forms = []
+    if plain.pixel_input is not None:
+        forms.append(plain.but(pixels=Pixels(COLOURS.mean, COLOURS.std)))
+    if plain.batches != "one":
+        forms.append(plain.but(batch=4))
+    if plain.batches == "any":
+        forms.append(plain.but(batch=None))
+    if len(forms) > 1:
+        forms.append(plain.but(pixels=Pixels(COLOURS.mean, COLOURS.std), batch=forms[-1].form.batch))
+    for number, writer in enumerate(forms):
+        target = tmp_path / f"bundle{number}"
+        manifest = write(colours, target, writer=writer)
+        assert manifest.input.shape[0] == manifest.output.shape[0] == writer.form.batch
+        assert (manifest.input.layout, manifest.input.dtype) == writer.takes
+        loaded = hwnas.load_bundle(target)
+        np.testing.assert_allclose(loaded.predict(paths).logits, expected.logits, rtol=1e-3, atol=1e-3)
+        assert loaded.check().passed
+        told = subprocess.run([sys.executable, target / "run.py", *paths], capture_output=True, text=True, check=True)
+        lines = [f"{path}: {name}" for path, name in zip(paths, expected.classes, strict=True)]
+        assert [line.rpartition("%")[0].split("%")[0].rpartition(" ")[0] for line in told.stdout.splitlines()] == lines
 
 
 def test_predicts_from_arrays_paths_and_pillow_alike(bundle, tmp_path):

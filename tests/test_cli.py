@@ -261,6 +261,23 @@ def test_export_in_int8_to_a_zip(capsys, run, tmp_path):
     assert manifest["accuracy"]["computed_by"] == "onnxruntime"
 
 
+def test_export_for_pixels_in_batches(capsys, run, tmp_path):
+    """As accurate as without, and not measured on a device, which runs files of one normalised image."""
+    words = ["export", "--run", run, "--output", tmp_path / "bundle"]
+    plain = document(capsys, *words)
+    code, out, err = hwnas(capsys, *words, "--pixels", "--batch", "any")
+    assert code == 0, err
+    assert "takes fp32 onnx files of one normalised image" in err
+    assert "not measured" in out
+    manifest = document(capsys, "verify", tmp_path / "bundle")["manifest"]
+    side = manifest["preprocessing"]["resolution"]
+    assert manifest["input"]["shape"] == [None, side, side, 1]
+    assert (manifest["input"]["dtype"], manifest["input"]["values"]) == ("uint8", "pixels")
+    assert manifest["output"]["shape"] == [None, 10]
+    assert manifest["accuracy"] == plain["accuracy"]
+    assert "the last step in the file itself" in (tmp_path / "bundle" / "README.md").read_text()
+
+
 def test_a_device_that_cannot_be_reached(capsys, run, tmp_path):
     """Where it was only the search's, the bundle says what is predicted; where it was asked for, that is an error."""
     broken = DEVICE | {"python": "/nowhere/python"}
@@ -485,6 +502,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, words, message, tmp_pat
         (["export", "--format", "gif"], "format 'gif' is not one of .*onnx"),
         (["export", "--precision", "int3"], "format onnx has no precision 'int3', only fp32, int8"),
         (["export", "--format", "executorch", "--precision", "int8"], "format executorch has no precision 'int8'"),
+        (["export", "--batch", "none"], "--batch 'none' is not a number of images"),
+        (["export", "--batch", "0"], "batch=0 is not a number of images"),
+        (["export", "--format", "ncnn", "--batch", "4"], "files of format ncnn take one image at a time, not 4"),
+        (["export", "--format", "tflite", "--batch", "any"], "tflite take .* at a time, not any number"),
         (["export", "--format", "onnx", "--format", "onnx"], "onnx, onnx: one is there twice"),
         (["export", "--max-accuracy-drop", 2], "max_accuracy_drop=2.0 is not a share"),
         (["export", "--device", "quick", "--precision", "int8"], "takes fp32 files, but the exporter writes int8"),
