@@ -30,9 +30,9 @@ pytest.importorskip("executorch")
 
 
 class TestExecutorchExporter(ExporterContract):
-    @pytest.fixture
-    def exporter(self):
-        return exporter("executorch")
+    @pytest.fixture(params=["fp32", "fp16", "int8"])
+    def exporter(self, request):
+        return exporter("executorch", request.param)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hwnas.testing import ExporterContract, tiny_space
 
 
 class TestTorchExporter(ExporterContract):
-    @pytest.fixture(params=["fp32"])
+    @pytest.fixture(params=["fp32", "fp16"])
     def exporter(self, request):
         return exporter("torch", request.param)
 

@@ -12,18 +12,23 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, Run, folded, tensor, write_pieces
+from hwnas.exporters.base import Artifact, Exporter, Form, Input, Run, folded, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _BACKEND = "XnnpackBackend"
 _ALIGNMENT = 16  # of constants in the graph's data: CONSTANT_TENSOR_ALIGNMENT of executorch's xnnpack_graph_serialize
+# Between which the units of inputs (Add) or their product (Multiply), over the output's, have to be in XNNPACK.
+_RESCALING = {"Add": (2.0**-10, 2.0**8), "Multiply": (2.0**-16, 2.0**8)}
+# The same of a weight and its layer's input; at least, as the bias of channels that are nothing else would overflow.
+_MIN_MULTIPLIER, _MAX_MULTIPLIER = 2.0**-20, 2.0**7
 _NONE = 2**32 - 1  # xnnpack.h's XNN_INVALID_VALUE_ID
 _EXTERNAL_INPUT, _EXTERNAL_OUTPUT, _KEEP_DIMS = 1, 2, 64  # its flags of these names
 # How torch's pytree writes the structure of `forward(image)`, and of a single tensor as its result.
@@ -35,151 +40,304 @@ _INPUTS = (
 _OUTPUT = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """What the integers of an int8 value stand for: `scale * (integer - zero_point)`."""
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of(cls, low: float, high: float) -> _Grid:
+        """The finest one that has `low`, 0 and `high`; 0, which pads, is met exactly."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32((high - low) / 255)) or 1.0
+        return cls(scale, max(-128, min(127, round(-128 - low / scale))))
+
+
+_Type: TypeAlias = _Grid | Literal["fp32", "fp16"]  # of a value's elements; int8 on a grid
+_LOGISTIC = _Grid(1 / 256, -128)  # which XNNPACK demands of a sigmoid
+_PIXELS = _Grid(1.0, 0)  # of bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A tensor between two nodes: its number and shape, (batch, size, size, channels), and what its elements are."""
+
+    number: int
+    shape: tuple[int, ...]
+    type: _Type
+
+
 class _Graph:
-    """An XNNPACK graph in the making: feature maps are values of shape (1, size, size, channels).
+    """An XNNPACK graph in the making.
 
     Nodes and values are written as JSON with the names of executorch's `xnnpack/serialization/schema.fbs`, whose
     flatbuffer compiler reads it: the dataclasses of the same names take five times as long on the way there.
 
+    In int8, activations are on a grid a tensor, weights on a symmetric one an output channel, the biases in 32 bits, as
+    executorch's XNNPACKQuantizer has it.
+
     Args:
         tensors: see `Exporter.write`.
+        form: of the file.
     """
 
-    def __init__(self, tensors: Mapping[str, NDArray[Any]]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, NDArray[Any]], form: Form) -> None:
+        self._tensors, self._form = tensors, form
         self._values: list[dict[str, Any]] = []
         self._nodes: list[dict[str, Any]] = []
         self._offsets = [{"offset": 0, "size": 0}]  # the first one stands for `not constant`
         self._data = bytearray()
+        self._converted: dict[tuple[int, _Type], _Value] = {}
 
     def write(self, layers: Sequence[Layer]) -> bytes:
-        """The graph of a network, from an image (1, channels, size, size) to logits (1, num_classes)."""
+        """The graph of a network, from images to logits (batch, num_classes)."""
         from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNGraph
         from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import serialize_xnnpack_binary
 
-        size, channels = layers[0].in_size, layers[0].in_channels
-        image = self._value((1, channels, size, size), external_id=0, flags=_EXTERNAL_INPUT)
-        maps = {IMAGE: self._value((1, size, size, channels))}
-        self._node("StaticTranspose", num_dims=4, perm=[0, 2, 3, 1], input_id=image, output_id=maps[IMAGE])
+        batch, size, channels = self._form.batch or 1, layers[0].in_size, layers[0].in_channels
+        shape = (batch, size, size, channels)
+        if self._form.pixels is None:
+            given = self._value((batch, channels, size, size), "fp32", external_id=0, flags=_EXTERNAL_INPUT)
+            image = self._value(shape, "fp32")
+            self._node("StaticTranspose", [given], image, num_dims=4, perm=[0, 2, 3, 1])
+        else:
+            given = self._value(shape, _PIXELS, external_id=0, flags=_EXTERNAL_INPUT)
+            image = self._value(shape, "fp32")
+            self._node("Convert", [given], image)
+        maps = {IMAGE: image}
         for layer in layers:
             maps[layer.name] = self._add(layer, [maps[name] for name in layer.inputs])
+        self._as(maps[layers[-1].name], "fp32", external=True)
         graph = XNNGraph(
             version="0",
             xnodes=self._nodes,
             xvalues=self._values,
             num_externs=2,
-            input_ids=[image],
-            output_ids=[maps[layers[-1].name]],
+            input_ids=[given.number],
+            output_ids=[len(self._values) - 1],
             constant_data=self._offsets,
         )
         binary: bytes = serialize_xnnpack_binary(graph, self._data)
         return binary
 
-    def _add(self, layer: Layer, inputs: list[int]) -> int:
-        if layer.kind == "linear":
-            return self._linear(layer, inputs[0])
-        out = self._value((1, layer.out_size, layer.out_size, layer.out_channels))
+    # ------------------------------------------------------------ layers
+
+    def _add(self, layer: Layer, sources: list[_Value]) -> _Value:
+        type = self._type(layer.name)
+        if layer.kind == "avg_pool" and isinstance(type, _Grid):
+            type = "fp32"  # XNNPACK averages no integers
+        inputs = [self._read(value, name, type) for name, value in zip(layer.inputs, sources, strict=True)]
+        source = inputs[0]
+        shape = (source.shape[0], layer.out_size, layer.out_size, layer.out_channels)
         match layer.kind:
             case "conv":
-                return self._conv(layer, inputs[0], out)
+                return self._conv(layer, source, shape)
+            case "linear":
+                return self._linear(layer, source)
             case "avg_pool":
                 # What lies beyond the border does not count in XNNPACK's averages.
                 edge = layer.in_size % 2
-                self._node(
-                    "AvgPooling2d", padding_right=edge, padding_bottom=edge,
+                return self._node(
+                    "AvgPooling2d", [source], self._value(shape, type), padding_right=edge, padding_bottom=edge,
                     pooling_height=2, pooling_width=2, stride_height=2, stride_width=2,
-                    input_id=inputs[0], output_id=out,
                 )  # fmt: skip
             case "global_pool":
-                self._node("GlobalAvgPooling2d", input_id=inputs[0], output_id=out, flags=_KEEP_DIMS)
+                return self._node("GlobalAvgPooling2d", [source], self._value(shape, type), flags=_KEEP_DIMS)
             case "scale":
-                self._node("Multiply", input1_id=inputs[0], input2_id=inputs[1], output_id=out)
+                return self._pair("Multiply", inputs, type)
             case "add":
-                self._node("Add", input1_id=inputs[0], input2_id=inputs[1], output_id=out)
-        return out
+                return self._pair("Add", inputs, type)
 
-    def _conv(self, layer: Layer, source: int, out: int) -> int:
+    def _conv(self, layer: Layer, source: _Value, shape: tuple[int, ...]) -> _Value:
         weight, bias = folded(layer, self._tensors)
+        name, activation = layer.name, layer.activation
         limits: tuple[float, float | str] | None = None
-        if layer.activation == "relu":
+        separate = activation in ("swish", "h-swish", "sigmoid")
+        type = self._type(f"{name}.preactivation" if separate else name)
+        if activation == "relu":
             limits = (0.0, "inf")
-        elif layer.activation == "h-sigmoid":  # clamp(x / 6 + 1 / 2, 0, 1): all of it is part of the convolution
+        elif activation == "h-sigmoid":  # clamp(x / 6 + 1 / 2, 0, 1): all of it is part of the convolution
             weight, bias = weight / 6, (0 if bias is None else bias) / 6 + np.full(layer.out_channels, 0.5)
             limits = (0.0, 1.0)
+            type = _Grid.of(0, 1) if isinstance(type, _Grid) else type
         in_channels, out_channels = (1, 1) if layer.depthwise else (layer.in_channels, layer.out_channels)
         edge, kernel, stride = layer.kernel // 2, layer.kernel, layer.stride
+        weight = weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))
+        out = self._weighted(source, weight, shape, type)
+        filter_id, bias_id = self._weights(layer, weight, bias, source, out)
         self._node(
-            "DepthwiseConv2d" if layer.depthwise else "Conv2d", limits,
+            "DepthwiseConv2d" if layer.depthwise else "Conv2d", [source], out, limits,
             padding_top=edge, padding_right=edge, padding_bottom=edge, padding_left=edge,
             kernel_height=kernel, kernel_width=kernel, subsampling_height=stride, subsampling_width=stride,
             dilation_height=1, dilation_width=1, group_input_channels=in_channels, group_output_channels=out_channels,
-            groups=layer.groups, input1_id=source,
-            filter_id=self._constant(weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))),
-            bias_id=_NONE if bias is None else self._constant(bias), output_id=out,
+            groups=layer.groups, filter_id=filter_id, bias_id=bias_id,
         )  # fmt: skip
-        if layer.activation not in ("swish", "h-swish", "sigmoid"):
+        if not separate:
             return out
-        activated = self._like(out)
-        if layer.activation == "h-swish":
-            self._node("Hardswish", input_id=out, output_id=activated)
-        else:
-            self._node("Sigmoid", input_id=out, output_id=activated)
-        if layer.activation == "swish":
-            gate, activated = activated, self._like(out)
-            self._node("Multiply", input1_id=out, input2_id=gate, output_id=activated)
-        return activated
+        type = self._type(name)
+        if activation == "h-swish":
+            return self._node("Hardswish", [out], self._value(shape, type))
+        gate = self._node("Sigmoid", [out], self._value(shape, _LOGISTIC if isinstance(type, _Grid) else type))
+        return self._pair("Multiply", [out, gate], type) if activation == "swish" else gate
 
-    def _linear(self, layer: Layer, source: int) -> int:
+    def _linear(self, layer: Layer, source: _Value) -> _Value:
         weight = tensor(self._tensors, f"{layer.name}.weight", layer.weight_shape)
         bias = tensor(self._tensors, f"{layer.name}.bias", (layer.out_channels,)) if layer.bias else None
-        flat = self._value((1, layer.in_channels))
-        self._node("StaticReshape", num_dims=2, new_shape=[1, layer.in_channels], input_id=source, output_id=flat)
-        logits = self._value((1, layer.out_channels), external_id=1, flags=_EXTERNAL_OUTPUT)
-        self._node(
-            "FullyConnected", input1_id=flat, filter_id=self._constant(weight),
-            bias_id=_NONE if bias is None else self._constant(bias), output_id=logits,
-        )  # fmt: skip
-        return logits
+        shape = (source.shape[0], layer.in_channels)
+        flat = self._node("StaticReshape", [source], self._value(shape, source.type), num_dims=2, new_shape=[*shape])
+        out = self._weighted(source, weight, (source.shape[0], layer.out_channels), self._type(layer.name))
+        filter_id, bias_id = self._weights(layer, weight, bias, source, out)
+        return self._node("FullyConnected", [flat], out, filter_id=filter_id, bias_id=bias_id)
 
-    def _node(self, kind: str, limits: tuple[float, float | str] | None = None, **fields: Any) -> None:
-        """Add a node; its output is clamped to `limits`."""
-        node = {"xnode_union_type": f"XNN{kind}", "xnode_union": fields}
+    def _weighted(self, source: _Value, weight: NDArray[Any], shape: tuple[int, ...], type: _Type) -> _Value:
+        """What a layer with weights makes, on a coarser grid where its own is too fine for XNNPACK."""
+        if isinstance(source.type, _Grid) and isinstance(type, _Grid):
+            least = source.type.scale * float(np.abs(weight).max()) / 127 / _MAX_MULTIPLIER
+            type = type if type.scale >= least else _Grid(least, type.zero_point)
+        return self._value(shape, type)
+
+    def _pair(self, kind: str, inputs: list[_Value], type: _Type) -> _Value:
+        """The sum or the product of two values; in float32 where XNNPACK refuses their grids beside the output's."""
+        grids = [value.type for value in inputs if isinstance(value.type, _Grid)]
+        if grids and isinstance(type, _Grid):
+            units = [grid.scale for grid in grids] if kind == "Add" else [math.prod(grid.scale for grid in grids)]
+            low, high = _RESCALING[kind]
+            if not all(low <= unit / type.scale < high for unit in units):
+                inputs, type = [self._as(value, "fp32") for value in inputs], "fp32"
+        return self._node(kind, inputs, self._value(inputs[0].shape, type))
+
+    # ------------------------------------------------------------ types
+
+    def _type(self, name: str) -> _Type:
+        """Of the values that a layer makes, or makes before its activation."""
+        if self._form.precision == "int8" and name.removesuffix(".preactivation") not in self._form.keep:
+            return self._grid(name)
+        return "fp16" if self._form.precision == "fp16" else "fp32"
+
+    def _grid(self, name: str) -> _Grid:
+        """Of the values that a range is given for."""
+        low, high = map(float, tensor(self._tensors, f"{name}.range", (2,)))
+        return _Grid.of(low, high)
+
+    def _read(self, value: _Value, name: str, type: _Type) -> _Value:
+        """What a layer of a type computes with: the value `name` in that type, or on its own grid in int8."""
+        if isinstance(type, _Grid):
+            return value if isinstance(value.type, _Grid) else self._as(value, self._grid(name))
+        return self._as(value, type)
+
+    def _as(self, value: _Value, type: _Type, *, external: bool = False) -> _Value:
+        """A value converted to another type, once."""
+        fields = {"external_id": 1, "flags": _EXTERNAL_OUTPUT} if external else {}
+        if value.type == type and not external:
+            return value
+        if (value.number, type) not in self._converted or external:
+            out = self._value(value.shape, type, **fields)
+            self._converted[value.number, type] = self._node("Convert", [value], out)
+        return self._converted[value.number, type]
+
+    # ------------------------------------------------------------ nodes and values
+
+    def _node(
+        self,
+        kind: str,
+        inputs: list[_Value],
+        output: _Value,
+        limits: tuple[float, float | str] | None = None,
+        **fields: Any,
+    ) -> _Value:
+        """Add a node, and give its output, which is clamped to `limits`."""
+        names = ["input1_id", "input2_id"] if "filter_id" in fields or len(inputs) > 1 else ["input_id"]
+        fields |= {name: value.number for name, value in zip(names, inputs, strict=False)}
+        node = {"xnode_union_type": f"XNN{kind}", "xnode_union": {**fields, "output_id": output.number}}
         if limits is not None:
             node["output_min_max"] = dict(zip(("output_min", "output_max"), limits, strict=True))
         self._nodes.append(node)
+        return output
 
-    def _constant(self, array: NDArray[Any]) -> int:
-        """A value that holds an array, as float32."""
-        data = np.ascontiguousarray(array, dtype="<f4")
+    def _weights(
+        self, layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None, source: _Value, out: _Value
+    ) -> tuple[int, int]:
+        """The numbers of the values of a weight, whose output channels come first, or last if depthwise, and a bias."""
+        if not (isinstance(source.type, _Grid) and isinstance(out.type, _Grid)):
+            weight_id = self._constant(weight, source.type)
+            return weight_id, _NONE if bias is None else self._constant(bias, source.type)
+        bias = np.zeros(layer.out_channels) if bias is None else bias
+        axis = weight.ndim - 1 if layer.depthwise else 0
+        others = tuple(other for other in range(weight.ndim) if other != axis)
+        largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
+        least = _MIN_MULTIPLIER * out.type.scale / source.type.scale
+        scale = np.maximum(largest / 127, least).astype(np.float32)
+        numbers = weight / scale
+        np.rint(numbers, out=numbers)
+        scale = scale.reshape(-1)
+        units = source.type.scale * scale.astype(np.float64)
+        whole = np.clip(np.rint(bias / units), -(2**31) + 1, 2**31 - 1)
+        return (
+            self._channelwise(numbers.astype(np.int8), "xnn_datatype_qcint8", scale, axis),
+            self._channelwise(whole.astype("<i4"), "xnn_datatype_qcint32", units.astype(np.float32), 0),
+        )
+
+    def _channelwise(self, integers: NDArray[Any], datatype: str, scale: NDArray[np.float32], axis: int) -> int:
+        """A value of integers on grids of their own along an axis."""
+        quantisation = {
+            "scale": [],
+            "channel_dim": axis,
+            "scale_buffer_idx": self._stored(scale),
+            "num_scales": len(scale),
+        }
+        fields = {"constant_buffer_idx": self._stored(integers)}
+        return self._define(integers.shape, datatype, {"PerChannelQuant": quantisation}, fields)
+
+    def _constant(self, array: NDArray[Any], type: _Type) -> int:
+        """A value that holds an array of floating-point numbers."""
+        data = array.astype("<f2" if type == "fp16" else "<f4", copy=False)
+        return self._value(data.shape, type, constant_buffer_idx=self._stored(data)).number
+
+    def _stored(self, array: NDArray[Any]) -> int:
+        """The number of an array among the graph's constants."""
+        data = np.ascontiguousarray(array)
         self._data += bytes(-len(self._data) % _ALIGNMENT)
         self._offsets.append({"offset": len(self._data), "size": data.nbytes})
         self._data += data.data.cast("B")
-        return self._value(data.shape, constant_buffer_idx=len(self._offsets) - 1)
+        return len(self._offsets) - 1
 
-    def _value(self, shape: Sequence[int], *, external_id: int = _NONE, **fields: int) -> int:
+    def _value(self, shape: Sequence[int], type: _Type, **fields: int) -> _Value:
+        shape = tuple(shape)
+        if isinstance(type, _Grid):
+            datatype = "xnn_datatype_quint8" if type is _PIXELS else "xnn_datatype_qint8"
+            quantisation = {"PerTensorQuant": {"scale": type.scale, "zero_point": type.zero_point}}
+            return _Value(self._define(shape, datatype, quantisation, fields), shape, type)
+        return _Value(self._define(shape, f"xnn_datatype_{type}", None, fields), shape, type)
+
+    def _define(
+        self, shape: Sequence[int], datatype: str, quantisation: dict[str, Any] | None, fields: dict[str, int]
+    ) -> int:
         number = len(self._values)
-        value = {"num_dims": len(shape), "dims": list(shape), "external_id": external_id, "id_out": number, **fields}
-        value["datatype"] = "xnn_datatype_fp32"
-        self._values.append({"xvalue_union_type": "XNNTensorValue", "xvalue_union": value})
+        value = {"num_dims": len(shape), "dims": list(shape), "external_id": _NONE, "id_out": number, **fields}
+        value["datatype"] = datatype
+        if quantisation is None:
+            self._values.append({"xvalue_union_type": "XNNTensorValue", "xvalue_union": value})
+        else:
+            ((kind, params),) = quantisation.items()
+            value = {"tensor_value": value, "quant_params_type": kind, "quant_params": params}
+            self._values.append({"xvalue_union_type": "XNNQuantizedTensorValue", "xvalue_union": value})
         return number
 
-    def _like(self, value: int) -> int:
-        """A value of the same shape as another."""
-        return self._value(self._values[value]["xvalue_union"]["dims"])
 
-
-def _program(graph: bytes, first: Layer, last: Layer) -> Any:
-    """An ExecuTorch program whose `forward` runs a graph on an image, and returns its logits."""
+def _program(graph: bytes, images: tuple[int, ...], dtype: str, logits: tuple[int, int]) -> Any:
+    """An ExecuTorch program whose `forward` runs a graph on images of a shape, and returns logits of another."""
     from executorch.exir import schema
     from executorch.exir.scalar_type import ScalarType
 
-    image = (1, first.in_channels, first.in_size, first.in_size)
-    num_bytes = -(-4 * math.prod(image) // _ALIGNMENT) * _ALIGNMENT
+    scalar_type = {"float32": ScalarType.FLOAT, "uint8": ScalarType.BYTE}
+    num_bytes = -(-np.dtype(dtype).itemsize * math.prod(images) // _ALIGNMENT) * _ALIGNMENT
 
-    def value(shape: tuple[int, ...], offset: int) -> Any:
+    def value(shape: tuple[int, ...], dtype: str, offset: int) -> Any:
         return schema.EValue(
             schema.Tensor(
-                scalar_type=ScalarType.FLOAT,
+                scalar_type=scalar_type[dtype],
                 storage_offset=0,
                 sizes=list(shape),
                 dim_order=list(range(len(shape))),
@@ -196,13 +354,13 @@ def _program(graph: bytes, first: Layer, last: Layer) -> Any:
     plan = schema.ExecutionPlan(
         name="forward",
         container_meta_type=schema.ContainerMetadata(_INPUTS, _OUTPUT),
-        values=[value(image, 0), value((1, last.out_channels), num_bytes)],
+        values=[value(images, dtype, 0), value(logits, "float32", num_bytes)],
         inputs=[0],
         outputs=[1],
         chains=[schema.Chain(inputs=[], outputs=[], instructions=[call], stacktrace=None)],
         operators=[],
         delegates=[schema.BackendDelegate(_BACKEND, inline, compile_specs=[])],
-        non_const_buffer_sizes=[0, num_bytes + 4 * last.out_channels],
+        non_const_buffer_sizes=[0, num_bytes + 4 * math.prod(logits)],
     )
     return schema.Program(
         version=0,
@@ -225,6 +383,10 @@ class ExecutorchExporter(Exporter):
 
     format: ClassVar[str] = "executorch"
     suffix: ClassVar[str] = ".pte"
+    pixel_input: ClassVar[Input | None] = Input("NHWC", "uint8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
+    batches: ClassVar[Literal["one", "fixed", "any"]] = "fixed"
+    mixes: ClassVar[bool] = True
     runtime: ClassVar[str] = "executorch"
     packages: ClassVar[tuple[str, ...]] = ("executorch", "torch")
     extra: ClassVar[str] = "executorch"
@@ -234,7 +396,10 @@ class ExecutorchExporter(Exporter):
         with _quiet():
             from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
 
-            program = _program(_Graph(tensors).write(layers), layers[0], layers[-1])
+            graph = _Graph(tensors, self.form).write(layers)
+            batch, channels, size = self.form.batch or 1, layers[0].in_channels, layers[0].in_size
+            image = (size, size, channels) if self.takes.layout == "NHWC" else (channels, size, size)
+            program = _program(graph, (batch, *image), self.takes.dtype, (batch, layers[-1].out_channels))
             data = bytes(serialize_pte_binary(PTEFile(program), extract_delegate_segments=True))
         return Artifact(path, self.format, self.precision, write_pieces(path, [data]))
 

@@ -10,12 +10,13 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.exporters.base import Artifact, Exporter, Run, folded, tensor, write_pieces
+from hwnas.errors import ExportError
+from hwnas.exporters.base import Artifact, Exporter, Input, Run, folded, tensor, write_pieces
 from hwnas.layers import Layer
 
 # What torch.export.save writes for our networks. Whatever else torch.export.load finds in a file, it may unpickle.
@@ -29,11 +30,16 @@ _MEMBERS = re.compile(
 class TorchExporter(Exporter):
     """Writes exported programs, with batch norm folded into the convolutions.
 
-    The input is float32 (1, in_channels, resolution, resolution).
+    The input is float32 (batch, in_channels, resolution, resolution), or pixels, uint8 (batch, resolution, resolution,
+    in_channels). fp16 files hold and compute in half precision between such an input and float32 logits: they are for
+    GPUs, and slow on processors without half-precision arithmetic.
     """
 
     format: ClassVar[str] = "torch"
     suffix: ClassVar[str] = ".pt2"
+    pixel_input: ClassVar[Input | None] = Input("NHWC", "uint8")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16")
+    batches: ClassVar[Literal["one", "fixed", "any"]] = "any"
     runtime: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
 
@@ -53,13 +59,34 @@ class TorchExporter(Exporter):
             else:
                 state |= {name: tensor(tensors, name, shape) for name, shape in layer.tensors.items()}
             plain.append(replace(layer, norm=False, bias=bias is not None) if layer.kind == "conv" else layer)
+        dtype = torch.float32
+        if self.precision == "fp16":
+            _check_half(state)
+            dtype = torch.float16
         network = Network(plain).eval().requires_grad_(False)
         network.load_state_dict({name: torch.from_numpy(np.float32(value)) for name, value in state.items()})
-        image = torch.zeros(1, layers[0].in_channels, layers[0].in_size, layers[0].in_size)
+        network.to(dtype)
+        pixels = self.form.pixels is not None
+
+        class Program(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.network = network
+
+            def forward(self, images: torch.Tensor) -> torch.Tensor:
+                images = images.permute(0, 3, 1, 2) if pixels else images
+                return self.network(images.to(dtype)).float()  # type: ignore[no-any-return]
+
+        channels, size = layers[0].in_channels, layers[0].in_size
+        # Torch takes a dimension of 1 for a constant, also where it may be any: the example has 2 images.
+        shape = (self.form.batch or 2, *((size, size, channels) if pixels else (channels, size, size)))
+        images = torch.zeros(shape, dtype=getattr(torch, self.takes.dtype))
+        batch = {0: torch.export.Dim("batch", min=1)} if self.form.batch is None else None
         content = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of its own code
-            torch.export.save(torch.export.export(network, (image,)), content)
+            program = torch.export.export(Program().eval(), (images,), dynamic_shapes=(batch,))
+            torch.export.save(program, content)
         return Artifact(path, self.format, self.precision, write_pieces(path, [content.getvalue()]))
 
     @staticmethod
@@ -74,6 +101,19 @@ class TorchExporter(Exporter):
         """See `Exporter`; refuses files that `torch.export.load` would unpickle, which could run any program."""
         self._explained(path, lambda: _check(path))
         return super().runner(path)
+
+
+def _check_half(state: Mapping[str, NDArray[Any]]) -> None:
+    """Whether the numbers of a network are within the range of half precision.
+
+    Raises:
+        ExportError: one is not.
+    """
+    most = float(np.finfo(np.float16).max)
+    for name, value in state.items():
+        largest = float(np.abs(value).max())
+        if largest > most:
+            raise ExportError(f"{name} reaches {largest:.3g}, and fp16 only {most:g}: export fp32")
 
 
 def _check(path: Path) -> None:
