@@ -265,7 +265,7 @@ class CoremlExporter(Exporter):
     runtime: ClassVar[str] = (
         "Core ML"
         if sys.platform == "darwin"
-        else "hwnas's reading of the Core ML program (a structural check: not in Core ML, which needs macOS)"
+        else "hwnas's interpreter of Core ML programs (Core ML itself runs on macOS only)"
     )
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
     extra: ClassVar[str] = "coreml"
