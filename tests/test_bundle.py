@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import venv
@@ -35,7 +36,8 @@ from hwnas.layers import lower
 from hwnas.space import SearchSpace
 from hwnas.testing import random_images, tensors_with_ranges, tiny_space, trained_network
 
-FORMATS = ["onnx", "tflite", "ncnn", "executorch", "openvino", "torch"]
+FORMATS = ["onnx", "tflite", "ncnn", "executorch", "openvino", "torch", "coreml"]
+WEIGHTS = "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin"  # of a network that is a folder
 COLOURS = ImagePreprocessing(
     channels=3, size=48, resolution=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), shorter_side=55
 )
@@ -105,16 +107,30 @@ def bundle(colours, tmp_path_factory):
     return target
 
 
+@pytest.fixture(scope="module")
+def package(colours, tmp_path_factory):
+    """A bundle whose network is a folder."""
+    target = tmp_path_factory.mktemp("made") / "package"
+    write(colours, target, "coreml")
+    return target
+
+
 def copy(bundle, tmp_path):
-    for path in bundle.iterdir():
-        (tmp_path / "copy").mkdir(exist_ok=True)
-        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
-    return tmp_path / "copy"
+    return shutil.copytree(bundle, tmp_path / "copy", symlinks=True)
 
 
-def test_manifest_names_every_file_and_its_hash(bundle):
+def names(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["bundle", "package"])
+def test_manifest_names_every_file_and_its_hash(kind, request):
+    bundle = request.getfixturevalue(kind)
     manifest = json.loads((bundle / MANIFEST).read_text())
-    assert {file["name"] for file in manifest["files"]} == {path.name for path in bundle.iterdir()} - {MANIFEST}
+    assert {file["name"] for file in manifest["files"]} == names(bundle) - {MANIFEST}
+    parts = [bundle / part for part in manifest["file"]["parts"]]
+    assert manifest["file"]["size_bytes"] == sum(part.stat().st_size for part in parts)
+    assert {*parts} == {p for p in bundle.rglob("*") if p.is_file() and p.relative_to(bundle).parts[0][:6] == "model."}
     for file in manifest["files"]:
         content = (bundle / file["name"]).read_bytes()
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file["size_bytes"], file["sha256"])
@@ -170,7 +186,7 @@ def vars_of(record):
 @pytest.mark.parametrize("format", FORMATS)
 def test_predicts_what_the_network_does(colours, format, tmp_path):
     """From image files, through preprocessing and the format's runtime."""
-    pytest.importorskip({"tflite": "ai_edge_litert"}.get(format, "onnxruntime" if format == "onnx" else format))
+    pytest.importorskip({"tflite": "ai_edge_litert", "onnx": "onnxruntime", "coreml": "torch"}.get(format, format))
     manifest = write(colours, tmp_path / "bundle", format)
     bundle = hwnas.load_bundle(tmp_path / "bundle")
     paths = photos(tmp_path)
@@ -326,9 +342,10 @@ def test_snippets_have_the_preprocessing(colours, format, name, tmp_path):
 
 
 def packed(folder, path):
+    """As other programs do it, which add entries for folders."""
     with zipfile.ZipFile(path, "w") as file:
-        for part in folder.iterdir():
-            file.write(part, part.name)
+        for part in folder.rglob("*"):
+            file.write(part, part.relative_to(folder))
     return path
 
 
@@ -336,6 +353,34 @@ def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_other_programs_may_pack_a_bundle(package, tmp_path):
+    with zipfile.ZipFile(packed(package, tmp_path / "b.zip")) as file:
+        assert "model.mlpackage/Data/" in file.namelist()
+    assert hwnas.verify(tmp_path / "b.zip")["parity"]["max_abs_diff"] == 0
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda b: flip(b / WEIGHTS), "weight.bin is not the file that was exported"),
+        (lambda b: (b / WEIGHTS).write_bytes((b / WEIGHTS).read_bytes() + b"0"), "its bytes were changed"),
+        (lambda b: (b / WEIGHTS).unlink(), f"lacks {WEIGHTS}"),
+        (lambda b: shutil.rmtree(b / "model.mlpackage"), r"lacks model\.mlpackage/Data.*, model\.mlpackage/Manifest"),
+        (lambda b: (b / f"{WEIGHTS}.so").write_bytes(b"0"), f"its manifest does not name: {WEIGHTS}.so"),
+        (lambda b: (b / "model.mlpackage/Data/more").mkdir(), "does not name: model.mlpackage/Data/more"),
+        (lambda b: (b / "more/Data").mkdir(parents=True), "does not name: more"),
+    ],
+)
+def test_tampered_packages_are_refused(package, form, harm, message, tmp_path):
+    harmed = copy(package, tmp_path)
+    harm(harmed)
+    if form == "zip":
+        harmed = packed(harmed, tmp_path / "harmed.zip")
+    with pytest.raises(ExportError, match=message):
+        hwnas.load_bundle(harmed)
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
@@ -415,37 +460,96 @@ def test_links_are_refused(bundle, tmp_path):
         hwnas.verify(harmed)
 
 
-@pytest.mark.parametrize("name", ["../evil.py", "/tmp/evil.py", "a/b.py", "a\\b.py", "..", ""])
-def test_zip_slip_is_refused(bundle, name, tmp_path):
-    """Also where the manifest names the file."""
-    harmed = copy(bundle, tmp_path)
+def test_links_in_a_package_are_refused(package, tmp_path):
+    harmed = copy(package, tmp_path)
+    (harmed / WEIGHTS).rename(tmp_path / "elsewhere.bin")
+    (harmed / WEIGHTS).symlink_to(tmp_path / "elsewhere.bin")
+    with pytest.raises(ExportError, match=rf"{WEIGHTS} is no plain file"):
+        hwnas.verify(harmed)
+
+
+@pytest.mark.parametrize("name", ["model.mlpackage", "model.mlpackage/Data", WEIGHTS.rpartition("/")[0]])
+def test_linked_folders_are_refused(package, name, tmp_path):
+    """Also where what they lead to is right."""
+    harmed = copy(package, tmp_path)
+    folder = harmed / name
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(ExportError, match=f"does not name: {name}$"):
+        hwnas.load_bundle(harmed)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil.py", "/tmp/evil.py", "a\\b.py", "..", "", ".", "C:evil.py", "C:/evil.py", "//host/evil.py",
+        "model.mlpackage/../../evil.py", "model.mlpackage/Data/../../../evil.py", "model.mlpackage//tmp/evil.py",
+        "model.mlpackage/./evil.py", "./model.mlpackage/evil.py", "model.mlpackage/", "model.mlpackage/..\\..\\evil.py",
+        "model.mlpackage/C:/evil.py", "model.mlpackage/\x1b[2J", "model.mlpackage/\0", "model.mlpackage" + "/a" * 8,
+        "model.mlpackage/" + "a" * 200, "../copy/model.mlpackage/evil.py",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["bundle", "package"])
+def test_zip_slip_is_refused(kind, name, tmp_path, request):
+    """Also where the manifest names the file, as a part of the network."""
+    harmed = copy(request.getfixturevalue(kind), tmp_path)
     manifest = json.loads((harmed / MANIFEST).read_text())
     manifest["files"].append({"name": name, "size_bytes": 4, "sha256": hashlib.sha256(b"evil").hexdigest()})
+    manifest["file"]["parts"].append(name)
     (harmed / MANIFEST).write_text(json.dumps(manifest))
     path = packed(harmed, tmp_path / "harmed.zip")
     with zipfile.ZipFile(path, "a") as file:
-        file.writestr(name or "nameless", b"evil")
+        if name not in file.namelist():
+            file.writestr(name or "nameless", b"evil")
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(ExportError, match="is not a plain file name"):
+    with pytest.raises(ExportError, match="is not the name of a file in a bundle"):
         hwnas.load_bundle(path)
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_zip_bomb_is_not_unpacked(bundle, tmp_path):
+@pytest.mark.parametrize(
+    ("more", "changes", "message"),
+    [
+        (["a/b.py"], {}, r"\['a/b.py'\] in folders that are not the network"),
+        (["model.mlpackage/evil.py"], {}, "evil.py'] in folders that are not the network"),
+        (["model.mlpackage"], {"parts": ["model.mlpackage"]}, r"\['model.mlpackage'\] as files and as folders"),
+        (["model.mlpackage/Data"], {"parts": ["model.mlpackage/Data"]}, "Data'] as files and as folders"),
+        (["manifest.json/a"], {"name": MANIFEST, "parts": ["manifest.json/a"]}, "in folders that are not the network"),
+        ([WEIGHTS], {}, "names one twice"),
+        ([], {"name": "run"}, "lacks file.name='run'"),
+        ([], {"name": "../package/model.mlpackage"}, "lacks file.name"),
+        ([], {"name": "model.mlpackage/"}, "lacks file.name"),
+        ([], {"name": ""}, "lacks file.name"),
+    ],
+)
+def test_folders_are_those_of_the_network(package, more, changes, message, tmp_path):
+    """Even where the manifest names them, and every hash is right."""
+    harmed = copy(package, tmp_path)
+    manifest = json.loads((harmed / MANIFEST).read_text())
+    digest = hashlib.sha256(b"evil").hexdigest()
+    manifest["files"] += [{"name": name, "size_bytes": 4, "sha256": digest} for name in more]
+    manifest["file"] |= {**changes, "parts": [*manifest["file"]["parts"], *changes.get("parts", [])]}
+    (harmed / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=message.replace("']", r"'\]")):
+        hwnas.load_bundle(harmed)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bundle", "model.onnx"), ("package", WEIGHTS)])
+def test_a_zip_bomb_is_not_unpacked(kind, name, tmp_path, request):
     """A member that claims to be what the manifest says, and unpacks to a thousand times that."""
-    path = packed(copy(bundle, tmp_path), tmp_path / "harmed.zip")
+    path = packed(copy(request.getfixturevalue(kind), tmp_path), tmp_path / "harmed.zip")
     with zipfile.ZipFile(path) as file:
-        members = {name: file.read(name) for name in file.namelist()}
-    members["model.onnx"] = bytes(50_000_000)
+        members = {member: file.read(member) for member in file.namelist()}
+    members[name] = bytes(50_000_000)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    with pytest.raises(ExportError, match=r"model\.onnx is not the file that was exported"):
+        for member, content in members.items():
+            file.writestr(member, content)
+    with pytest.raises(ExportError, match=rf"{name} is not the file that was exported"):
         hwnas.load_bundle(path)
     members[MANIFEST] = bytes(17 * 2**20)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, content in members.items():
-            file.writestr(name, content)
+        for member, content in members.items():
+            file.writestr(member, content)
     with pytest.raises(ExportError, match=r"manifest.json has more than 16,777,216 bytes"):
         hwnas.load_bundle(path)
 
@@ -462,13 +566,14 @@ def test_what_is_no_zip(tmp_path):
 # ---------------------------------------------------------------- writing
 
 
-def test_zip_and_folder_hold_the_same(colours, tmp_path):
+@pytest.mark.parametrize("format", ["onnx", "coreml"])
+def test_zip_and_folder_hold_the_same(colours, format, tmp_path):
     for target in (tmp_path / "b", tmp_path / "b.zip"):
-        write(colours, target)
-        write(colours, target)  # replaces a bundle
+        write(colours, target, format)
+        write(colours, target, format)  # replaces a bundle
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.zip"]
     with zipfile.ZipFile(tmp_path / "b.zip") as file:
-        assert set(file.namelist()) == {path.name for path in (tmp_path / "b").iterdir()}
+        assert set(file.namelist()) == names(tmp_path / "b")
     images = np.zeros((1, 40, 40, 3), np.uint8)
     folder, zipped = (hwnas.load_bundle(tmp_path / name).predict(images).logits for name in ("b", "b.zip"))
     np.testing.assert_array_equal(folder, zipped)
@@ -567,10 +672,10 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("format", ["onnx", "tflite", "ncnn", "executorch"])
+@pytest.mark.parametrize("format", ["onnx", "tflite", "ncnn", "executorch", "coreml"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_wrong_layer_is_named(format, name, tmp_path):
-    pytest.importorskip({"tflite": "ai_edge_litert", "onnx": "onnx"}.get(format, format))
+    pytest.importorskip({"tflite": "ai_edge_litert", "coreml": "torch"}.get(format, format))
     space = tiny_space()
     network = trained_network(lower(space, space.smallest()))
     names = {layer.name for layer in network.layers if layer.kind in ("conv", "linear")}

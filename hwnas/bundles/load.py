@@ -8,7 +8,7 @@ import stat
 import tempfile
 import weakref
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hwnas.bundles.classify import normalised, softmax
-from hwnas.bundles.manifest import CHECK, MANIFEST, File, Manifest, read_manifest
+from hwnas.bundles.manifest import CHECK, MANIFEST, File, Manifest, folders, read_manifest
 from hwnas.bundles.parity import GATES, Parity
 from hwnas.errors import ExportError, InputError
 from hwnas.exporters.base import Pixels, exporter, formats
@@ -177,7 +177,7 @@ def _check_folder(folder: Path) -> bytes:
     with (folder / MANIFEST).open("rb") as file:
         content = _limited(file, MANIFEST_BYTES, str(folder))
     manifest = read_manifest(content, str(folder))
-    _compare_names(manifest, [path.name for path in folder.iterdir()], str(folder))
+    _compare_names(manifest, [*_entries(folder, folders(file.name for file in manifest.files))], str(folder))
     for listed in manifest.files:
         path = folder / listed.name
         if path.is_symlink() or not path.is_file():
@@ -190,8 +190,8 @@ def _check_folder(folder: Path) -> bytes:
 def _unpack(path: Path, folder: Path) -> bytes:
     """The same for a zip file; its files are checked on the way into an empty folder.
 
-    No member's name becomes a path before it has been found in the manifest, whose names are plain; and no more is
-    unpacked than the manifest says.
+    No member's name becomes a path before it has been found in the manifest, whose names lead nowhere else; and no
+    more is unpacked than the manifest says.
     """
     try:
         with zipfile.ZipFile(path) as packed:
@@ -201,11 +201,14 @@ def _unpack(path: Path, folder: Path) -> bytes:
             with packed.open(MANIFEST) as file:
                 content = _limited(file, MANIFEST_BYTES, str(path))
             manifest = read_manifest(content, str(path))
-            _compare_names(manifest, [member.filename for member in packed.infolist()], str(path))
+            known = {f"{inside}/" for inside in folders(file.name for file in manifest.files)}
+            found = [member.filename for member in packed.infolist() if member.filename not in known]
+            _compare_names(manifest, found, str(path))
             for listed in manifest.files:
                 member = members[listed.name]
                 if stat.S_ISLNK(member.external_attr >> 16):
                     raise ExportError(f"{path}: {listed.name} is no plain file: export the bundle again")
+                (folder / listed.name).parent.mkdir(parents=True, exist_ok=True)
                 with packed.open(member) as file, (folder / listed.name).open("xb") as unpacked:
                     _copy(file, listed, str(path), unpacked)
             return content
@@ -213,6 +216,16 @@ def _unpack(path: Path, folder: Path) -> bytes:
         raise ExportError(f"{path}: is not a bundle of hwnas, or a damaged one ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _entries(folder: Path, known: set[str], within: str = "") -> Iterator[str]:
+    """The names of what is in a folder, and in those `known` in it; links are not followed."""
+    for entry in (folder / within).iterdir():
+        name = f"{within}/{entry.name}" if within else entry.name
+        if name in known and entry.is_dir() and not entry.is_symlink():
+            yield from _entries(folder, known, name)
+        else:
+            yield name
 
 
 def _compare_names(manifest: Manifest, found: list[str], source: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from hwnas.errors import ExportError, InputError
 SCHEMA = 3
 MANIFEST = "manifest.json"
 CHECK = "check.npz"
+MOST_CHARACTERS, MOST_FOLDERS = 200, 8  # of a file's name; a Core ML package needs 60 and 5
 
 _strict = with_config(ConfigDict(extra="forbid"))
 
@@ -25,17 +26,30 @@ _strict = with_config(ConfigDict(extra="forbid"))
 @_strict
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """A file of the bundle: its name, without folders, its size and the SHA-256 of its bytes, hexadecimal."""
+    """A file of the bundle.
+
+    Attributes:
+        name: its path in the bundle, plain names with `/` between them, on every system.
+        size_bytes: its size.
+        sha256: of its bytes, hexadecimal.
+    """
 
     name: str
     size_bytes: int
     sha256: str
 
     def __post_init__(self) -> None:
-        if PurePosixPath(self.name).name != self.name or "\\" in self.name or self.name in ("", ".", "..", MANIFEST):
-            raise ValueError(f"name={self.name!r} is not a plain file name")
+        parts = self.name.split("/")
+        plain = self.name.isprintable() and not {*self.name} & {*"\\:"} and not {*parts} & {"", ".", ".."}
+        if not plain or len(self.name) > MOST_CHARACTERS or len(parts) > MOST_FOLDERS or self.name == MANIFEST:
+            raise ValueError(f"name={self.name[:MOST_CHARACTERS]!r} is not the name of a file in a bundle")
         if self.size_bytes < 0 or not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(f"size_bytes={self.size_bytes} or sha256={self.sha256!r} cannot be")
+
+
+def folders(names: Iterable[str]) -> set[str]:
+    """The folders that files of these names are in."""
+    return {str(folder) for name in names for folder in PurePosixPath(name).parents} - {"."}
 
 
 @_strict
@@ -44,8 +58,8 @@ class ModelFile:
     """The network's file.
 
     Attributes:
-        name: of the file to load.
-        parts: all files that belong to it, `name` among them.
+        name: of the file, or the folder, to load.
+        parts: all files that belong to it, `name` among them, or those in that folder.
         format: as `hwnas export --format` takes it.
         precision: of weights and arithmetic.
         float32_layers: in an int8 file, the layers that stay in float32.
@@ -203,9 +217,16 @@ class Manifest:
 
     def __post_init__(self) -> None:
         names = [file.name for file in self.files]
-        missing = sorted({self.file.name, *self.file.parts, CHECK} - {*names})
+        missing = sorted({*self.file.parts, CHECK} - {*names})
         if missing or len({*names}) != len(names):
             raise ValueError(f"files={names} lacks {missing}, or names one twice")
+        inside = {name for name in self.file.parts if name.startswith(f"{self.file.name}/")}
+        if self.file.name not in self.file.parts and not inside:
+            raise ValueError(f"file.parts={self.file.parts} lacks file.name={self.file.name!r}")
+        if astray := sorted({name for name in names if "/" in name} - inside):
+            raise ValueError(f"files has {astray} in folders that are not the network")
+        if twice := folders(names) & {*names, MANIFEST}:
+            raise ValueError(f"files has {sorted(twice)} as files and as folders")
         if len(self.classes) != self.output.shape[1]:
             raise ValueError(f"there are {len(self.classes)} classes, but {self.output.shape[1]} logits")
         side, channels = self.preprocessing.resolution, self.preprocessing.channels

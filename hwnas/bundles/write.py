@@ -113,7 +113,7 @@ def write_bundle(
             write_text(work / PLOT, plot(told.front))
         write_text(work / "README.md", card(manifest, told.front, " ".join(exporter.packages)))
         known = {file.name: file for file in manifest.files}
-        files = tuple(known.get(path.name) or _file(path) for path in sorted(work.iterdir()))
+        files = tuple(known.get(_name(path, work)) or _file(path, work) for path in _files(work))
         manifest = replace(manifest, files=files)
         write_text(work / MANIFEST, json.dumps(manifest.to_dict(), indent=2) + "\n")
     return manifest
@@ -172,21 +172,30 @@ def _writing(target: Path) -> Iterator[Path]:
 def _pack(folder: Path, path: Path) -> None:
     with path.open("wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
-            for part in sorted(folder.iterdir()):
-                packed.write(part, part.name)
+            for part in _files(folder):
+                packed.write(part, _name(part, folder))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _file(path: Path) -> File:
+def _files(*paths: Path) -> list[Path]:
+    """Files, and those in folders."""
+    return sorted(file for path in paths for file in (path, *path.rglob("*")) if file.is_file())
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _file(path: Path, folder: Path) -> File:
     with path.open("rb") as file:
-        return File(
-            name=path.name, size_bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
-        )
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return File(name=_name(path, folder), size_bytes=path.stat().st_size, sha256=digest)
 
 
 def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Parity, told: About) -> Manifest:
-    first, last, files = child.layers[0], child.layers[-1], parts(artifact.path)
+    first, last, folder = child.layers[0], child.layers[-1], artifact.path.parent
+    files = _files(*parts(artifact.path))
     if len(told.classes) != last.out_channels:
         raise InputError(
             f"the network has {last.out_channels} classes, but the data has {len(told.classes)}: export with the data "
@@ -195,13 +204,13 @@ def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Pa
     batch, (layout, dtype) = exporter.form.batch, exporter.takes
     channels, side = first.in_channels, first.in_size
     shape = (batch, channels, side, side) if layout == "NCHW" else (batch, side, side, channels)
-    written = [_file(path) for path in sorted(artifact.path.parent.iterdir())]
+    written = [_file(path, folder) for path in _files(folder)]
     return Manifest(
         schema=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         file=ModelFile(
             name=artifact.path.name,
-            parts=tuple(path.name for path in files),
+            parts=tuple(_name(path, folder) for path in files),
             format=artifact.format,
             precision=artifact.precision,
             float32_layers=tuple(layer.name for layer in child.layers if layer.name in exporter.form.keep),

@@ -21,6 +21,7 @@ from hwnas.space import Architecture, SearchSpace
 
 # The class of each format, imported when asked for: some need a package of their own.
 _EXPORTERS = {
+    "coreml": "hwnas.exporters.coreml:CoremlExporter",
     "executorch": "hwnas.exporters.executorch:ExecutorchExporter",
     "ncnn": "hwnas.exporters.ncnn:NcnnExporter",
     "onnx": "hwnas.exporters.onnx:OnnxExporter",
