@@ -48,7 +48,7 @@ STANDS_ON = {
     "bundles": ["exporters", "devices"],
     "run": ["predictors", "store", "training"],
     "testing": ["measuring", "network"],
-    "report": ["run", "searching"],
+    "report": ["run", "searching", "bundles"],
     "api": ["run", "searching", "measuring", "bundles", "report"],
     "cli": ["api"],
     "__main__": ["cli"],
