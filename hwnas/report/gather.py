@@ -489,8 +489,8 @@ def _device_facts(found: Findings, device: str) -> Facts:
     predictor = found.predictors.get(device)
     if predictor is not None and predictor.statistics is not None:
         error = predictor.statistics.left_out_pct
-        typical = "" if error is None else f", typical error {error:.1f}% when left out"
-        choice = getattr(predictor, "choice", "")  # auto tells
+        choice = getattr(predictor, "choice", "")  # auto tells, error and all
+        typical = "" if error is None or choice else f", typical error {error:.1f}% when left out"
         fitted = f"{choice or predictor.kind}, fitted to {predictor.statistics.num_samples} measurements{typical}"
         facts.append(("Predictor", fitted))
     sources = [one.devices[device].source for one in found.results.values() if device in one.devices]
