@@ -238,7 +238,7 @@ class _Session:
             known=lambda: [
                 Scored(arch, accuracy)
                 for arch, accuracy in self._evaluator.known(self._store)
-                if arch.resolution in self.run.space.resolution
+                if self.run.space.has_resolution_of(arch)
             ],
             storage_url=self.run.storage_url,
             weights=self._evaluator.supernet.identity(),
