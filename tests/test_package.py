@@ -41,7 +41,8 @@ STANDS_ON = {
     "exporters": ["network", "files"],
     "devices": ["layers", "files"],
     "measurement": ["devices"],
-    "store": ["measurement"],
+    "database": ["errors"],
+    "store": ["measurement", "database"],
     "measuring": ["exporters", "store", "progress"],
     "predictors": ["layers", "files"],
     # searching
@@ -66,6 +67,7 @@ WITHOUT_TORCH = (
     "predictors",
     "exporters",
     "devices",
+    "database",
     "store",
     "measuring",
     "run",
