@@ -32,10 +32,11 @@ import pytest
 import sqlalchemy as sa
 from environment import heading
 
+from hwnas.database import database_url
 from hwnas.searching.strategies import Scored, Strategy
 from hwnas.searching.study import GENERATION, Study
 from hwnas.space import Architecture, SearchSpace
-from hwnas.store import Store, database_url
+from hwnas.store import Store
 from tests.postgres import Postgres
 
 SPACE = SearchSpace.load("bignas")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from surfaces import Surface, surfaces
 
 from hwnas.searching.fronts import running_hypervolume
-from hwnas.searching.strategies import Scored, Strategy, make_strategy
+from hwnas.searching.strategies import Scored, Strategy, strategy_class
 
 # Evaluations each strategy gets, and so its budget.
 BUDGETS = {"guided": 100, "coarse-to-fine": 100, "evolution": 300, "nsga2": 300, "tpe": 100, "random": 1000}
@@ -53,8 +53,7 @@ def source(name: str) -> str:
 
 def one(surface: Surface, name: str, seed: int, budget: int, batch: int, front: bool) -> dict[str, Any]:
     """A search: what was told, what counts, and the size of each child in order; seconds the last proposal took."""
-    strategy = make_strategy(
-        name,
+    strategy = strategy_class(name)(
         surface.space,
         feasible=surface.feasible,
         size=surface.size,

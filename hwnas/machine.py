@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from hwnas import __version__
 
 
 def num_processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of hwnas, of Python, and of those packages of PyPI that are installed, in this order."""
+    found = {"hwnas": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def torchrun_ranks() -> tuple[int, int, int, int]:

@@ -483,6 +483,13 @@ class SearchSpace:
             )
         return arch
 
+    def has_resolution_of(self, arch: Architecture) -> bool:
+        """Whether a child that `check` accepts at any resolution is at one of the space.
+
+        Others are evaluated and exported like these, but have no genes, so no predictor or search knows them.
+        """
+        return arch.resolution in self.resolution
+
     def skeletons(self, levels: int = 3) -> Iterator[Architecture]:
         """The coarse grid of BigNAS's selection: network-wise settings of resolution, depth, width, kernel, expand.
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
+import numpy
 import pytest
 
 import hwnas
+from hwnas.machine import versions
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hwnas"
@@ -38,17 +41,18 @@ STANDS_ON = {
     "exporters": ["network", "files"],
     "devices": ["layers", "files"],
     "measurement": ["devices"],
-    "store": ["measurement"],
+    "database": ["errors"],
+    "store": ["measurement", "database"],
     "measuring": ["exporters", "store", "progress"],
     "predictors": ["layers", "files"],
     # searching
     "evaluator": ["supernet", "calibrate", "data", "store", "progress"],
     "searching": ["predictors", "store", "exporters", "progress"],
     # what users call
-    "bundles": ["exporters", "devices"],
+    "bundles": ["exporters", "devices", "machine"],
     "run": ["predictors", "store", "training"],
     "testing": ["measuring", "network"],
-    "report": ["run", "searching"],
+    "report": ["run", "searching", "bundles"],
     "api": ["run", "searching", "measuring", "bundles", "report"],
     "cli": ["api"],
     "__main__": ["cli"],
@@ -63,6 +67,7 @@ WITHOUT_TORCH = (
     "predictors",
     "exporters",
     "devices",
+    "database",
     "store",
     "measuring",
     "run",
@@ -232,3 +237,11 @@ def test_unknown_name():
 def test_links_at_the_top(name):
     assert (ROOT / name).readlink() == Path("hwnas", name)
     assert (ROOT / name / "__init__.py").is_file()
+
+
+def test_versions_leave_out_what_is_not_installed():
+    assert versions(["numpy", "no-package-of-this-name"]) == {
+        "hwnas": hwnas.__version__,
+        "python": platform.python_version(),
+        "numpy": numpy.__version__,
+    }

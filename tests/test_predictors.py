@@ -37,6 +37,7 @@ from hwnas.predictors.metrics import Z_90
 from hwnas.predictors.prior import DEFAULT_MACHINES, honest_factor
 from hwnas.predictors.process import Hyperparameters, KnownMachine, LayerProcess
 from hwnas.predictors.xgboost import evaluate, plain_tree
+from hwnas.searching.targets import typical_error_pct
 from hwnas.space import SearchSpace
 
 TINY = SearchSpace.load("tiny", in_channels=1, num_classes=10)
@@ -729,6 +730,24 @@ def test_auto_says_what_it_chose(tmp_path):
     )
     predictor.save(tmp_path / "device.json")
     assert load_predictor(tmp_path / "device.json").choice == predictor.choice
+
+
+@pytest.mark.parametrize("count", [10, 40])
+def test_auto_keeps_the_error_that_its_choice_left_out(tmp_path, count):
+    archs, latency_ms = TRAIN[:count], machine_ms(TRAIN[:count], 0.02)
+    predictor = make_predictor("auto", TINY).fit(archs, latency_ms)
+    chosen = make_predictor(predictor.choice.split(":")[0], TINY).fit(archs, latency_ms)
+    assert predictor.statistics == chosen.statistics
+    assert f"mean error {predictor.statistics.left_out_pct:.1f}%" in predictor.choice
+    file = tmp_path / "device.json"
+    predictor.save(file)
+    assert typical_error_pct(load_predictor(file)) == chosen.statistics.left_out_pct
+    document = json.loads(file.read_text())
+    del document["statistics"]["left_out_pct"]  # as older hwnas wrote it: the error is that of the spread
+    file.write_text(json.dumps(document))
+    older = load_predictor(file)
+    assert older.statistics.left_out_pct is None
+    assert 0 < typical_error_pct(older) != chosen.statistics.left_out_pct
 
 
 @pytest.mark.parametrize("count", [3, 10, 29])

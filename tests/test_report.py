@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +216,47 @@ def test_a_bundle_that_was_not_measured(run):
     (table,) = section(gather(Run(run), "report"), "exports").tables
     (row,) = table.rows
     assert row[table.columns.index("measured")] == ""
+
+
+def test_bundles_in_zip_files(run):
+    (folder,) = (run / "exports").iterdir()
+    shutil.make_archive(str(folder), "zip", folder)
+    (table,) = section(gather(Run(run), "report"), "exports").tables
+    unpacked, packed = table.rows
+    assert (unpacked[0], packed[0]) == (folder.name, f"{folder.name}.zip")
+    assert unpacked[1:] == packed[1:]
+
+
+def test_damaged_bundles_are_named_and_the_others_shown(run):
+    (folder,) = (run / "exports").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (run / "exports" / "note.txt").write_text("no bundle, so not listed")
+    (run / "exports" / "torn.zip").write_bytes(b"PK")
+    for name, content in (
+        ("child", json.dumps({**manifest, "architecture": {}}).encode()),
+        ("long", b" " * (16 * 2**20 + 1)),
+        ("old", json.dumps({**manifest, "schema": 1}).encode()),
+    ):
+        with zipfile.ZipFile(run / "exports" / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr("manifest.json", content)
+    with zipfile.ZipFile(run / "exports" / "other.zip", "w") as packed:
+        packed.writestr("photo.jpg", b"")
+    with zipfile.ZipFile(run / "exports" / "bomb.zip", "w", zipfile.ZIP_BZIP2) as packed:
+        packed.writestr("manifest.json", json.dumps(manifest))
+    found = section(gather(Run(run), "report"), "exports")
+    assert [row[0] for table in found.tables for row in table.rows] == [folder.name]
+    ((title, facts),) = found.facts
+    assert title == "Cannot be read"
+    assert [name for name, _ in facts] == [
+        "bomb.zip", "child.zip", "long.zip", "old.zip", "other.zip", "torn.zip",
+    ]  # fmt: skip
+    for (name, reason), expected in zip(
+        facts,
+        ("size", "resolution", "more than 16,777,216 bytes", "has schema 1", "no item named", "not a zip file"),
+        strict=True,
+    ):
+        assert expected in reason, (name, reason)
+        assert not reason.startswith(name)
 
 
 def test_energy_predictors_are_no_devices(run):

@@ -292,13 +292,17 @@ def test_random_needs_no_baseline(world):
     [
         (1.0, 0, {}, r"evaluations=0: must be at least 1"),
         (1.0, 5, {"confidence": 1.0}, r"confidence 1.0: must be at least 0.5 and under 1"),
-        (1.0, 5, {"strategy": "oracle"}, r"unknown strategy 'oracle': not one of guided, "),
     ],
 )
 def test_input_that_makes_no_sense(world, limit_ms, count, options, message):
     with pytest.raises(InputError, match=message):
         world.searcher(limit_ms, **options).run(count)
     assert world.evaluated == []
+
+
+def test_unknown_strategy_is_refused_before_a_study_begins(world):
+    with pytest.raises(InputError, match=r"unknown strategy 'oracle': not one of guided, "):
+        world.searcher(1.0, strategy="oracle")
 
 
 # ---------------------------------------------------------------- several limits, several devices

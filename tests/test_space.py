@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -172,6 +173,16 @@ def test_check_names_what_does_not_fit():
     value["stages"] += value["stages"][-1:]
     with pytest.raises(InputError, match=r"8 stages"):
         space.check(Architecture.from_dict(value))
+
+
+def test_children_at_other_resolutions_have_no_genes(space):
+    child = space.smallest()
+    between = replace(child, resolution=child.resolution + 1)
+    assert space.check(between, any_resolution=True) == between
+    assert space.has_resolution_of(child)
+    assert not space.has_resolution_of(between)
+    with pytest.raises(InputError, match=rf"resolution={between.resolution} is not one of"):
+        space.encode([between])
 
 
 @pytest.mark.parametrize(

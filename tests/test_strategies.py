@@ -6,7 +6,7 @@ import pytest
 from hwnas.errors import InputError
 from hwnas.layers import LayerSums
 from hwnas.searching.fronts import by_rank, gains, running_hypervolume
-from hwnas.searching.strategies import Scored, Strategy, make_strategy, strategy_names
+from hwnas.searching.strategies import Scored, Strategy, strategy_class, strategy_names
 from hwnas.searching.strategies.accuracy_model import AccuracyModel, Features, Posterior
 from hwnas.searching.strategies.sampling import FeasibleSampler
 from hwnas.space import Architecture, SearchSpace
@@ -39,8 +39,7 @@ def accuracy(arch: Architecture) -> float:
 def make(
     name: str, budget: int, seed: int = 0, limit: float = LIMIT, front: bool = False, known: Sequence[Scored] = ()
 ) -> Strategy:
-    return make_strategy(
-        name,
+    return strategy_class(name)(
         SPACE,
         feasible=lambda genes: size(genes, limit) <= 1,
         size=lambda genes: size(genes, limit),

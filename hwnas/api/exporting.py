@@ -382,7 +382,7 @@ class _Job:
         run, arch = self._run, self._arch
         found = None if self._result is None else self._result.best.latency.get(device.name)
         predicted = None if found is None else (found.predicted, found.std)
-        if arch.resolution in run.space.resolution and run.predictor_path(device.name).is_file():
+        if run.space.has_resolution_of(arch) and run.predictor_path(device.name).is_file():
             mean, std = run.predictor(device.name).predict([arch])
             predicted = float(mean[0]), float(std[0])
         return Latency(

@@ -314,7 +314,7 @@ def _fit(run: Run, target: Device, store: Store, kind: str) -> Profile:
     if not last:
         raise InputError(f"nothing measured on {device!r} in {run.path}: run `hwnas profile --device {device}`")
     used = [m for m in last if m.trusted]
-    train = [m for m in used if m.role != "holdout" and m.arch.resolution in run.space.resolution]
+    train = [m for m in used if m.role != "holdout" and run.space.has_resolution_of(m.arch)]
     test = [m for m in used if m.role == "holdout"]
     rejected = [m for m in last if m.rejection is not None]
     if len(train) < 5 and rejected:

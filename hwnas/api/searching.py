@@ -9,14 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hwnas import __version__
 from hwnas.api.catalogue import open_device
 from hwnas.api.costs import energy_predictor
 from hwnas.api.evaluating import open_evaluator
@@ -25,6 +22,7 @@ from hwnas.devices import Device, device_name
 from hwnas.devices.base import DeviceGoneError
 from hwnas.errors import InputError
 from hwnas.files import write_text
+from hwnas.machine import versions
 from hwnas.measurement import Measurement
 from hwnas.measuring.measure import measure
 from hwnas.progress import Notice, Report, silent, unheard
@@ -43,6 +41,7 @@ if TYPE_CHECKING:
 # Of the evaluations of the first question, for each further one: it starts from what is known by then
 # (benchmarks/results/many_devices.md).
 FURTHER = 0.2
+PACKAGES = ("numpy", "scipy", "optuna", "torch")  # whose versions a result tells
 DRAWS = 4096  # random children, to tell which limits are loose
 
 
@@ -238,7 +237,7 @@ class _Session:
             known=lambda: [
                 Scored(arch, accuracy)
                 for arch, accuracy in self._evaluator.known(self._store)
-                if arch.resolution in self.run.space.resolution
+                if self.run.space.has_resolution_of(arch)
             ],
             storage_url=self.run.storage_url,
             weights=self._evaluator.supernet.identity(),
@@ -250,7 +249,7 @@ class _Session:
 
     def answer(self, searcher: Searcher, name: str, evaluations: int, *, baseline: bool, report: Report) -> Result:
         """Search, save what was found, and say where it was not measured."""
-        found = replace(searcher.run(evaluations, baseline=baseline, report=report), versions=_versions())
+        found = replace(searcher.run(evaluations, baseline=baseline, report=report), versions=versions(PACKAGES))
         for device, source in found.devices.items():
             if not source.measured:
                 self._notice(_predicted(device, source))
@@ -362,8 +361,3 @@ def _portfolio_name(names: Sequence[str]) -> str:
     if len(joined) > 100:  # file names have 255 bytes at most
         joined = f"{len(names)}-{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
     return f"{PORTFOLIO}{joined}"
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("numpy", "scipy", "optuna", "torch")}
-    return {"hwnas": __version__, "python": python_version(), **packages}

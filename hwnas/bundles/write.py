@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import zipfile
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hwnas import __version__
 from hwnas.bundles.card import PLOT, Front, card, plot
 from hwnas.bundles.culprit import culprit
 from hwnas.bundles.manifest import (
@@ -43,8 +40,10 @@ from hwnas.errors import ExportError, InputError
 from hwnas.exporters.base import LOGITS, Artifact, Exporter
 from hwnas.files import parts, write_text
 from hwnas.layers import IMAGE, total_macs, total_params
+from hwnas.machine import versions
 from hwnas.network import Network
 
+PACKAGES = ("torch", "numpy", "pillow", "onnx")  # whose versions a bundle tells, beside its exporter's
 NUM_CHECKED = 4  # images that go into the bundle, with their logits
 
 
@@ -236,18 +235,7 @@ def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Pa
         limits=told.limits,
         parity=parity,
         training=told.training,
-        versions=versions(exporter.packages),
+        versions=versions((*PACKAGES, *exporter.packages)),
         licences=told.licences,
         files=tuple(written),
     )
-
-
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """What made a bundle: hwnas, Python, and packages of PyPI, those of the file's runtime among them."""
-    found = {"hwnas": __version__, "python": platform.python_version()}
-    for package in dict.fromkeys(("torch", "numpy", "pillow", "onnx", *packages)):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -38,16 +38,13 @@ class AutoPredictor(LatencyPredictor):
 
     def _learn(self, genes: Genes, latency_ms: FloatArray, weights: FloatArray) -> dict[str, Any]:
         num = len(genes)
-        fitted = {
-            kind: make_predictor(kind, self.space).fit_genes(genes, latency_ms, weights)
+        learned = {
+            kind: make_predictor(kind, self.space)._learn(genes, latency_ms, weights)
             for kind, (least, most) in _FROM_TO.items()
             if least <= num <= most
         }
-        errors = {}
-        for kind, predictor in fitted.items():
-            assert predictor.statistics is not None
-            assert predictor.statistics.left_out_pct is not None
-            errors[kind] = predictor.statistics.left_out_pct
+        left_out = {kind: one.pop("left_out") for kind, one in learned.items()}
+        errors = {kind: 100 * np.average(np.abs(logs), weights=weights) for kind, logs in left_out.items()}
         bar = _NEARLY_EQUAL * min(errors.values())
         chosen = next(kind for kind, error in errors.items() if error <= bar)
         others = ", ".join(f"{kind} {error:.1f}%" for kind, error in errors.items() if kind != chosen)
@@ -57,7 +54,8 @@ class AutoPredictor(LatencyPredictor):
             "choice": f"{chosen}: mean error {errors[chosen]:.1f}% on measurements left out "
             f"({compared if others else alone})",
             "kind": chosen,
-            "learned": fitted[chosen].to_dict()["learned"],
+            "learned": learned[chosen],
+            "left_out": left_out[chosen],
         }
 
     def _model(self, learned: dict[str, Any]) -> Model:

@@ -93,9 +93,8 @@ class Findings:
     def _evaluations(self, store: Store) -> list[Evaluation]:
         if self.weights is None:
             return []
-        found = store.evaluations(self.weights, "validation")
-        sides = self.run.space.resolution
-        return [one for one in found if one.protocol == found[-1].protocol and one.arch.resolution in sides]
+        space, found = self.run.space, store.evaluations(self.weights, "validation")
+        return [one for one in found if one.protocol == found[-1].protocol and space.has_resolution_of(one.arch)]
 
     def _predictor(self, device: str) -> LatencyPredictor | None:
         try:
@@ -114,7 +113,7 @@ class Findings:
         later = [
             m
             for m in self.measurements.get(device, {}).values()
-            if m.role == "finalist" and m.arch not in seen and m.arch.resolution in self.run.space.resolution
+            if m.role == "finalist" and m.arch not in seen and self.run.space.has_resolution_of(m.arch)
         ]
         if later:
             archs = [m.arch for m in later]

@@ -20,6 +20,7 @@ from hwnas.layers import Layer, lower
 from hwnas.report import words
 from hwnas.report.charts import Axis, Bars, Chart, Series, file_name
 from hwnas.report.contents import Answer, Contents, Facts, Section, Table
+from hwnas.report.exported import exported
 from hwnas.report.findings import Findings
 from hwnas.report.fit import fit_charts
 from hwnas.run import Run
@@ -431,20 +432,25 @@ def _training(found: Findings) -> Section:
 
 
 def _exports(found: Findings) -> Section:
-    rows, ids = [], []
-    for path in sorted((found.run.path / "exports").glob("*/manifest.json")):
-        manifest = read_json(path)
-        file, latency, accuracy = manifest["file"], manifest["latency"], manifest["accuracy"]
-        known = latency is not None and latency["measured_ms"] is not None
-        measured = f"{words.digits(latency['measured_ms'])} ms on {latency['device']}" if known else ""
-        kind, exact = f"{file['format']}, {file['precision']}", f"{manifest['parity']['max_abs_diff']:.1e}"
-        rows.append(
-            (path.parent.name, kind, words.size(file["size_bytes"]), f"{accuracy['value']:.2%}", measured, exact)
-        )
-        ids.append(Architecture.from_dict(manifest["architecture"], str(path)).id)
+    rows, children, unreadable = [], [], []
+    for name, bundle in exported(found.run.path / "exports"):
+        if isinstance(bundle, str):
+            unreadable.append((name, bundle))
+            continue
+        manifest, arch = bundle
+        file, latency, measured = manifest.file, manifest.latency, ""
+        if latency is not None and latency.measured_ms is not None:
+            measured = f"{words.digits(latency.measured_ms)} ms on {latency.device}"
+        kind, exact = f"{file.format}, {file.precision}", f"{manifest.parity.max_abs_diff:.1e}"
+        rows.append((name, kind, words.size(file.size_bytes), f"{manifest.accuracy.value:.2%}", measured, exact))
+        children.append(arch.id if arch.id in found.evaluated else "")
     columns = ("bundle", "format", "size", "test accuracy", "measured", "logits differ by")
-    table = Table(columns=columns, rows=tuple(rows), children=tuple(id if id in found.evaluated else "" for id in ids))
-    return Section(id="exports", title="Exports", tables=(table,) if rows else ())
+    return Section(
+        id="exports",
+        title="Exports",
+        tables=(Table(columns=columns, rows=tuple(rows), children=tuple(children)),) if rows else (),
+        facts=(("Cannot be read", tuple(unreadable)),) if unreadable else (),
+    )
 
 
 # -------------------------------------------------------------------- provenance
@@ -483,8 +489,8 @@ def _device_facts(found: Findings, device: str) -> Facts:
     predictor = found.predictors.get(device)
     if predictor is not None and predictor.statistics is not None:
         error = predictor.statistics.left_out_pct
-        typical = "" if error is None else f", typical error {error:.1f}% when left out"
-        choice = getattr(predictor, "choice", "")  # auto tells
+        choice = getattr(predictor, "choice", "")  # auto tells, error and all
+        typical = "" if error is None or choice else f", typical error {error:.1f}% when left out"
         fitted = f"{choice or predictor.kind}, fitted to {predictor.statistics.num_samples} measurements{typical}"
         facts.append(("Predictor", fitted))
     sources = [one.devices[device].source for one in found.results.values() if device in one.devices]

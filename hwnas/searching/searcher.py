@@ -18,7 +18,7 @@ from hwnas.searching.costs import LAYER_COSTS, Cost, LayerCosts
 from hwnas.searching.fronts import front_slope, pareto, running_hypervolume
 from hwnas.searching.limits import LatencyLimit, Limit
 from hwnas.searching.result import Candidate, Result, Slope
-from hwnas.searching.strategies import Scored, make_strategy
+from hwnas.searching.strategies import Scored, strategy_class
 from hwnas.searching.study import Study
 from hwnas.searching.targets import Target
 from hwnas.space import Architecture, Genes, SearchSpace
@@ -42,7 +42,7 @@ class Searcher:
         evaluate: validation accuracies of children; it remembers each that it has worked out.
         storage_url: of Optuna's storage.
         confidence: with which an unmeasured child has to keep the limits.
-        strategy: a name that `make_strategy` knows.
+        strategy: a name that `strategy_class` knows.
         front: a device, or a kind of limit without one (`macs`): look for the best children of every latency on it
             (of every cost of that kind), up to the limit on it where there is one.
         known: children that other searches have evaluated on the same weights. Those that keep the limits are what
@@ -76,6 +76,7 @@ class Searcher:
         seed: int = 0,
         notice: Notice = unheard,
     ) -> None:
+        strategy_class(strategy)  # refuses an unknown name before anything is done
         self.space, self.limits, self.targets = space, tuple(limits), dict(targets)
         self.confidence, self.strategy, self.weights, self.seed = confidence, strategy, weights, seed
         self.evaluate, self.known, self.storage_url, self.notice = evaluate, known, storage_url, notice
@@ -254,8 +255,7 @@ class Searcher:
         known: Sequence[Scored],
         report: Callable[[int, str], None],
     ) -> list[Scored]:
-        proposer = make_strategy(
-            strategy,
+        proposer = strategy_class(strategy)(
             self.space,
             feasible=self.explored.feasible,
             size=self._size,

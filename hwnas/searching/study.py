@@ -9,7 +9,7 @@ Optuna gets each child once, when it is finished. As a queue of work it would co
 `benchmarks/results/scale.md`): a trial in state WAITING takes `add_trial`, `ask` and `tell`; two workers that add the
 same generation double it; its heartbeats are for `Study.optimize` alone; and reading 10,000 trials takes it far longer
 than a user waits. So what the workers agree on is a table of ours, and a claim is a lock of the database, which ends
-with its holder: see `hwnas.store.Store.claim`.
+with its holder: see `hwnas.database.Database.claim`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from sqlalchemy.orm import Session
 
+from hwnas.database import connect_arguments, database_url
 from hwnas.errors import InputError
 from hwnas.searching.strategies import Scored, Strategy
 from hwnas.space import Architecture, SearchSpace
-from hwnas.store import Store, StudyChild, connect_arguments, database_url
+from hwnas.store import Store, StudyChild
 
 GENERATION = 8  # children proposed at a time, by whatever number of workers: so all find the same, and 8 have work
 LONGEST_NAME = 512  # of Optuna's table

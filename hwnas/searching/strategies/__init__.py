@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 
-import numpy as np
-
 from hwnas.errors import InputError
-from hwnas.searching.strategies.base import Feasible as Feasible
 from hwnas.searching.strategies.base import Scored as Scored
-from hwnas.searching.strategies.base import Size as Size
 from hwnas.searching.strategies.base import Strategy as Strategy
-from hwnas.space import SearchSpace
-
-DEFAULT = "guided"
 
 # Each strategy's module and class: a new one is a line here. Modules load on first use.
 _STRATEGIES = {
@@ -28,22 +20,12 @@ _STRATEGIES = {
 
 
 def strategy_names() -> tuple[str, ...]:
-    """The names that `make_strategy` knows, the default first."""
+    """The names that `strategy_class` knows, the default first."""
     return tuple(_STRATEGIES)
 
 
-def make_strategy(
-    name: str,
-    space: SearchSpace,
-    *,
-    feasible: Feasible,
-    size: Size,
-    budget: int,
-    rng: np.random.Generator,
-    front: bool = False,
-    known: Sequence[Scored] = (),
-) -> Strategy:
-    """A strategy by its name; see `Strategy` for the arguments.
+def strategy_class(name: str) -> type[Strategy]:
+    """A strategy by its name.
 
     `guided` fits a model of the accuracy to the evaluated children, `coarse-to-fine` is BigNAS's, `evolution` that of
     Single Path One-Shot, `nsga2` and `tpe` are Optuna's samplers, `random` is the baseline.
@@ -55,4 +37,4 @@ def make_strategy(
         raise InputError(f"unknown strategy {name!r}: not one of {', '.join(_STRATEGIES)}")
     module, kind = _STRATEGIES[name]
     found: type[Strategy] = getattr(import_module(f"hwnas.searching.strategies.{module}"), kind)
-    return found(space, feasible=feasible, size=size, budget=budget, rng=rng, front=front, known=known)
+    return found
