@@ -17,7 +17,7 @@ from hwnas.bundles.parity import Parity, correlation
 from hwnas.bundles.quantise import within_drop
 from hwnas.devices import load_device
 from hwnas.errors import ExportError, InputError
-from hwnas.exporters.base import Form, Pixels, exporter, file_bytes, random_tensors
+from hwnas.exporters.base import Form, Pixels, exporter, file_bytes, random_tensors, rings
 from hwnas.exporters.tflite import TfliteExporter
 from hwnas.layers import IMAGE, Layer, lower
 from hwnas.space import SearchSpace
@@ -555,3 +555,37 @@ def test_fp16_that_is_not_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(litert, "_FORCE_FP16", 0)
     with pytest.raises(RuntimeError, match="precision fp16: XNNPACK computes in fp32 on this processor"):
         litert.Runtime("fp16").load(str(network.path), 1)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9, 11])
+def test_rings_are_the_whole_kernel(kernel):
+    """Each weight is in one piece, and no piece has more than XNNPACK's depthwise kernels take."""
+    times = np.zeros((kernel, kernel), dtype=int)
+    for rows, columns in rings(kernel):
+        piece = times[rows, columns]
+        piece += 1
+        assert piece.size <= 25
+        for part in (rows, columns):  # around the centre, so that the padding is the same on both sides
+            assert part.start + part.stop == kernel
+    assert (times == 1).all()
+
+
+@pytest.mark.parametrize("name", ["tflite", "executorch"])
+@pytest.mark.parametrize(("stride", "size"), [(1, 9), (2, 9), (2, 14)])
+@pytest.mark.parametrize("activation", [None, "relu", "h-sigmoid", "h-swish"])
+def test_large_depthwise_kernels(name, stride, size, activation, tmp_path):
+    """In pieces, with the activation after their sum."""
+    if name == "executorch":
+        pytest.importorskip("executorch")
+    out = -(-size // stride)
+    layers = [
+        Layer(name="wide", kind="conv", inputs=(IMAGE,), in_channels=3, out_channels=4, in_size=size, bias=True),
+        Layer(
+            name="large", kind="conv", inputs=("wide",), in_channels=4, out_channels=4, in_size=size, kernel=9,
+            stride=stride, groups=4, norm=True, activation=activation,
+        ),
+        Layer(name="pool", kind="global_pool", inputs=("large",), in_channels=4, out_channels=4, in_size=out),
+        Layer(name="classes", kind="linear", inputs=("pool",), in_channels=4, out_channels=6, in_size=1, bias=True),
+    ]  # fmt: skip
+    writer = exporter(name)
+    assert largest_difference(writer, layers, tmp_path / f"model{writer.suffix}") < 1e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -458,6 +458,25 @@ def folded(layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[A
     scaled = np.empty(weight.shape, dtype=np.float32)
     np.multiply(weight, scale.reshape(-1, 1, 1, 1), out=scaled, dtype=np.float64, casting="same_kind")
     return scaled, shift
+
+
+def rings(kernel: int) -> Iterator[tuple[slice, slice]]:
+    """A large square kernel in pieces that XNNPACK has fast depthwise kernels for, of up to 25 weights.
+
+    The centre of 5x5; then of each ring around it the top and bottom row, and what lies between them of the left and
+    right column. Two rows, or columns, are one kernel with a gap: the slice's step is its dilation. The sum of all is
+    the whole convolution: 49 weights of 7x7 are 25 + 14 + 10.
+
+    Yields:
+        Rows and columns of the kernel, both around its centre.
+    """
+    edge = max(0, kernel - 5) // 2
+    yield slice(edge, kernel - edge), slice(edge, kernel - edge)
+    for start in reversed(range(edge)):
+        stop = kernel - start
+        two = slice(start, stop, stop - start - 1)
+        yield two, slice(start, stop)
+        yield slice(start + 1, stop - 1), two
 
 
 def random_tensors(layers: Sequence[Layer], rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:

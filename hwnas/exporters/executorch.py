@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, Form, Input, Run, folded, tensor, write_pieces
+from hwnas.exporters.base import Artifact, Exporter, Form, Input, Run, folded, rings, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _BACKEND = "XnnpackBackend"
@@ -163,17 +163,31 @@ class _Graph:
             limits = (0.0, 1.0)
             type = _Grid.of(0, 1) if isinstance(type, _Grid) else type
         in_channels, out_channels = (1, 1) if layer.depthwise else (layer.in_channels, layer.out_channels)
-        edge, kernel, stride = layer.kernel // 2, layer.kernel, layer.stride
         weight = weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))
         out = self._weighted(source, weight, shape, type)
-        filter_id, bias_id = self._weights(layer, weight, bias, source, out)
-        self._node(
-            "DepthwiseConv2d" if layer.depthwise else "Conv2d", [source], out, limits,
-            padding_top=edge, padding_right=edge, padding_bottom=edge, padding_left=edge,
-            kernel_height=kernel, kernel_width=kernel, subsampling_height=stride, subsampling_width=stride,
-            dilation_height=1, dilation_width=1, group_input_channels=in_channels, group_output_channels=out_channels,
-            groups=layer.groups, filter_id=filter_id, bias_id=bias_id,
-        )  # fmt: skip
+        whole = slice(0, layer.kernel), slice(0, layer.kernel)
+        # In integers the sum of pieces would be coarser than the whole.
+        pieces = [*rings(layer.kernel)] if layer.depthwise and not isinstance(source.type, _Grid) else [whole]
+        summed: _Value | None = None
+        for number, (rows, columns) in enumerate(pieces, 1):
+            made = out if len(pieces) == 1 else self._value(shape, type)
+            is_last = number == len(pieces)
+            filter_id, bias_id = self._weights(layer, weight[:, rows, columns], bias, source, made)
+            above, beside = layer.kernel // 2 - rows.start, layer.kernel // 2 - columns.start
+            self._node(
+                "DepthwiseConv2d" if layer.depthwise else "Conv2d", [source], made, limits if made is out else None,
+                padding_top=above, padding_right=beside, padding_bottom=above, padding_left=beside,
+                kernel_height=len(range(layer.kernel)[rows]), kernel_width=len(range(layer.kernel)[columns]),
+                subsampling_height=layer.stride, subsampling_width=layer.stride,
+                dilation_height=rows.step or 1, dilation_width=columns.step or 1,
+                group_input_channels=in_channels, group_output_channels=out_channels,
+                groups=layer.groups, filter_id=filter_id, bias_id=bias_id,
+            )  # fmt: skip
+            if summed is not None:
+                made = self._node(
+                    "Add", [summed, made], out if is_last else self._value(shape, type), limits if is_last else None
+                )
+            summed, bias = made, None
         if not separate:
             return out
         type = self._type(name)
@@ -377,8 +391,7 @@ class ExecutorchExporter(Exporter):
 
     The input is float32 (1, in_channels, resolution, resolution), as torch lays it out.
 
-    XNNPACK's depthwise kernels have up to 25 weights a channel: one of 7x7 takes 50 times as long as one of 5x5
-    (executorch 1.5.1, x86-64, 240 channels of 14x14).
+    Depthwise kernels of 7x7 and more are written in pieces (`hwnas.exporters.base.rings`), but for int8.
     """
 
     format: ClassVar[str] = "executorch"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -16,7 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import LOGITS, NORMALISED, Artifact, Exporter, Form, Input, Run, folded, tensor, write_pieces
+from hwnas.exporters.base import (
+    LOGITS,
+    NORMALISED,
+    Artifact,
+    Exporter,
+    Form,
+    Input,
+    Run,
+    folded,
+    rings,
+    tensor,
+    write_pieces,
+)
 from hwnas.layers import IMAGE, Layer
 
 # Numbers of the schema, https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs:
@@ -26,7 +38,7 @@ _OPERATORS = {
     "ADD": (0, 1, 2, 11, "b"),  # activation
     "AVERAGE_POOL_2D": (1, 1, 2, 5, "biiii"),  # padding, stride x and y, window x and y
     "CONV_2D": (3, 1, 3, 1, "biib"),  # padding, stride x and y, activation
-    "DEPTHWISE_CONV_2D": (4, 1, 3, 2, "biiib"),  # padding, stride x and y, channel multiplier, activation
+    "DEPTHWISE_CONV_2D": (4, 2, 3, 2, "biiibii"),  # padding, stride x and y, multiplier, activation, dilation x and y
     "DEQUANTIZE": (6, 3, 2, 0, ""),
     "FULLY_CONNECTED": (9, 1, 4, 8, "b"),  # activation
     "HARD_SWISH": (117, 1, 1, 0, ""),
@@ -247,31 +259,59 @@ class _Writer:
                 )
 
     def _conv(self, layer: Layer, source: _Value) -> _Value:
-        """A convolution and its activation; the padding is symmetric, which SAME is not at stride 2 and even sizes."""
+        """A convolution and its activation."""
         weight, bias = folded(layer, self._tensors)
         weight = weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))
-        before = layer.kernel // 2
-        total = max(0, (layer.out_size - 1) * layer.stride + layer.kernel - layer.in_size)
-        padding = _SAME
-        if before != total // 2:
-            padding = _VALID
-            source = self._padded(source, f"{layer.name}.padded", before, total - before)
         fused = layer.activation in (None, "relu")
         shape = (self._batch, layer.out_size, layer.out_size, layer.out_channels)
         output = self._output(layer, shape, source, "" if fused else ".preactivation")
-        inputs = [source.index, *self._weights(layer, weight, bias, source, output)]
         activation = _RELU if layer.activation == "relu" else _NONE
-        if layer.depthwise:
-            self._operator("DEPTHWISE_CONV_2D", inputs, output, padding, layer.stride, layer.stride, 1, activation)
+        whole = slice(0, layer.kernel), slice(0, layer.kernel)
+        # In integers the sum of pieces would be coarser than the whole.
+        first, *pieces = rings(layer.kernel) if layer.depthwise and not source.grid else [whole]
+        if not pieces:
+            self._window(layer, source, weight, bias, first, output, activation)
         else:
-            self._operator("CONV_2D", inputs, output, padding, layer.stride, layer.stride, activation)
+            summed = self._window(layer, source, weight, bias, first, self._value(f"{layer.name}.0", shape, None))
+        for number, piece in enumerate(pieces, 1):
+            part = replace(layer, name=f"{layer.name}.{number}")
+            made = self._window(part, source, weight, None, piece, self._value(part.name, shape, None))
+            last = number == len(pieces)
+            total = output if last else self._value(f"{part.name}.sum", shape, None)
+            summed = self._operator("ADD", [summed.index, made.index], total, activation if last else _NONE)
         return output if fused else self._activation(layer, output)
 
-    def _padded(self, source: _Value, name: str, before: int, after: int) -> _Value:
+    def _window(
+        self,
+        layer: Layer,
+        source: _Value,
+        weight: NDArray[Any],
+        bias: NDArray[Any] | None,
+        piece: tuple[slice, slice],
+        output: _Value,
+        activation: int = _NONE,
+    ) -> _Value:
+        """The convolution with a piece of the kernel: its rows and columns."""
+        amounts, is_same = [], True
+        for part in piece:
+            before = layer.kernel // 2 - part.start
+            total = max(0, (layer.out_size - 1) * layer.stride + part.stop - part.start - layer.in_size)
+            amounts.append((before, total - before))
+            is_same &= before == total // 2  # not at stride 2 and even sizes
+        if not is_same:
+            source = self._padded(source, f"{layer.name}.padded", *amounts)
+        inputs = [source.index, *self._weights(layer, weight[:, piece[0], piece[1]], bias, source, output)]
+        options = [_SAME if is_same else _VALID, layer.stride, layer.stride]
+        if layer.depthwise:
+            height, width = (part.step or 1 for part in piece)
+            return self._operator("DEPTHWISE_CONV_2D", inputs, output, *options, 1, activation, width, height)
+        return self._operator("CONV_2D", inputs, output, *options, activation)
+
+    def _padded(self, source: _Value, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> _Value:
         batch, height, width, channels = source.shape
-        output = self._value(name, (batch, height + before + after, width + before + after, channels), source.grid)
-        sides = [[0, 0], [before, after], [before, after], [0, 0]]
-        amounts = self._constant(f"padding.{before}.{after}", np.array(sides, dtype=np.int32))
+        output = self._value(name, (batch, height + sum(rows), width + sum(columns), channels), source.grid)
+        sides = np.array([(0, 0), rows, columns, (0, 0)], dtype=np.int32)
+        amounts = self._constant("padding.{}.{}.{}.{}".format(*rows, *columns), sides)
         return self._operator("PAD", [source.index, amounts], output)
 
     def _activation(self, layer: Layer, source: _Value) -> _Value:
