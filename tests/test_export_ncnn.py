@@ -150,8 +150,8 @@ def test_int8_computes_nearly_what_the_network_does(resolution, tmp_path):
 
 @pytest.fixture(scope="module")
 def biggest():
-    """A network, its tensors with ranges, images, and the logits of them."""
-    space = tiny_space()
+    """A network with values that can stay integers, its tensors with ranges, images, and the logits of them."""
+    space = replace(tiny_space(), activation="h-swish")
     network = trained_network(lower(space, space.largest()))
     tensors = tensors_with_ranges(network.layers, network, random_images(network.layers, 16, seed=0))
     images = random_images(network.layers, 64, seed=1)
@@ -498,7 +498,7 @@ def test_run_cc_answers_as_run_py_does(precision, of_pixels, channels, compiler,
     seen, raw = set(), tmp_path / "pixels.raw"
     for photo in photos[16:]:
         raw.write_bytes(classify.pixels(photo, asdict(how)).tobytes())
-        done = subprocess.run(["../run", raw], cwd=bundle, capture_output=True, text=True)
+        done = subprocess.run(["../classify", raw], cwd=bundle, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         name, _, percent = done.stdout.removesuffix("%\n").rpartition(" ")
         expected = hwnas.load_bundle(bundle).predict([photo])
@@ -510,11 +510,11 @@ def test_run_cc_answers_as_run_py_does(precision, of_pixels, channels, compiler,
         seen.add(name)
     assert len(seen) > 1
     for words in ([], [tmp_path / "no.raw"]):
-        done = subprocess.run(["../run", *words], cwd=bundle, capture_output=True, text=True)
+        done = subprocess.run(["../classify", *words], cwd=bundle, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("usage: ../run pixels.raw")
+        assert done.stderr.startswith("usage: ../classify pixels.raw")
     (bundle / "model.bin").unlink()
-    done = subprocess.run(["../run", raw], cwd=bundle, capture_output=True, text=True)
+    done = subprocess.run(["../classify", raw], cwd=bundle, capture_output=True, text=True)
     assert done.returncode == 1
     assert "model.param and model.bin cannot be read" in done.stderr
 

@@ -25,8 +25,8 @@ Written by hwnas {version}, Apache-2.0. The preprocessing is that of manifest.js
 RUN_CC = """\
 // Classifies an image with {name}, in ncnn (https://github.com/Tencent/ncnn). Written by hwnas {version}, Apache-2.0.
 // In this folder; the program goes elsewhere, as `hwnas verify` refuses a bundle with a file more:
-//   g++ -O2 run.cc -o ../run -I"$(pkg-config --variable=includedir ncnn)/ncnn" $(pkg-config --libs ncnn) -fopenmp
-//   ../run pixels.raw    prints the likeliest class and its probability
+//   g++ -O2 run.cc -o ../classify -I"$(pkg-config --variable=includedir ncnn)/ncnn" $(pkg-config --libs ncnn) -fopenmp
+//   ../classify pixels.raw    prints the likeliest class and its probability
 // pixels.raw: {size} x {size} x {channels} bytes, {order} by pixel: the image after every resize of manifest.json, as
 // the function `pixels` of run.py gives it. ncnn's own resizing has no antialiasing.
 #include "net.h"
@@ -47,7 +47,7 @@ int main(int argc, char** argv) {{
   FILE* file = argc == 2 ? std::fopen(argv[1], "rb") : nullptr;
   const bool whole = file && std::fread(pixels.data(), 1, pixels.size(), file) == pixels.size();
   if (file) std::fclose(file);
-  if (!whole) return fail("usage: ../run pixels.raw    of {size} x {size} x {channels} bytes");
+  if (!whole) return fail("usage: ../classify pixels.raw    of {size} x {size} x {channels} bytes");
 
   ncnn::Net net;
   net.opt.num_threads = 1;
