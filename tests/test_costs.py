@@ -32,8 +32,9 @@ from hwnas.testing import QUICK
 
 PACKAGES = {"executorch": "executorch"}  # that a format needs for writing
 SIZES = [
-    ("onnx", "fp32"), ("onnx", "int8"), ("onnx", "int8-symmetric"), ("tflite", "fp32"), ("tflite", "int8"),
-    ("ncnn", "fp32"), ("ncnn", "fp16"), ("ncnn", "int8"), ("executorch", "fp32"),
+    ("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), ("onnx", "int8-symmetric"), ("tflite", "fp32"),
+    ("tflite", "int8"), ("ncnn", "fp32"), ("ncnn", "fp16"), ("ncnn", "int8"), ("executorch", "fp32"),
+    ("executorch", "int8"),
 ]  # fmt: skip
 
 

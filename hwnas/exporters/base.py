@@ -87,6 +87,7 @@ class _Bytes:
 # 0.5% (2% where the file is smaller than 1 MB).
 _BYTES = {
     ("executorch", "fp32"): _Bytes(4, 0, 0, 224, 117),
+    ("executorch", "int8"): _Bytes(1, 8, 8, 334, 155, zero_bias=True),
     ("ncnn", "fp32"): _Bytes(4, 0, 0, 119, 73),
     ("ncnn", "fp16"): _Bytes(2, 0, 0, 119, 73),
     ("ncnn", "int8"): _Bytes(1, 4, 4, 130, 66),

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -28,7 +28,7 @@ _ALIGNMENT = 16  # of constants in the graph's data: CONSTANT_TENSOR_ALIGNMENT o
 # Between which the units of inputs (Add) or their product (Multiply), over the output's, have to be in XNNPACK.
 _RESCALING = {"Add": (2.0**-10, 2.0**8), "Multiply": (2.0**-16, 2.0**8)}
 # The same of a weight and its layer's input; at least, as the bias of channels that are nothing else would overflow.
-_MIN_MULTIPLIER, _MAX_MULTIPLIER = 2.0**-20, 2.0**7
+_LEAST, _MOST = 2.0**-20, 2.0**7
 _NONE = 2**32 - 1  # xnnpack.h's XNN_INVALID_VALUE_ID
 _EXTERNAL_INPUT, _EXTERNAL_OUTPUT, _KEEP_DIMS = 1, 2, 64  # its flags of these names
 # How torch's pytree writes the structure of `forward(image)`, and of a single tensor as its result.
@@ -42,10 +42,11 @@ _OUTPUT = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """What the integers of an int8 value stand for: `scale * (integer - zero_point)`."""
+    """What the integers of a value stand for: `scale * (integer - zero_point)`."""
 
     scale: float
     zero_point: int
+    datatype: str = "qint8"
 
     @classmethod
     def of(cls, low: float, high: float) -> _Grid:
@@ -55,9 +56,11 @@ class _Grid:
         return cls(scale, max(-128, min(127, round(-128 - low / scale))))
 
 
-_Type: TypeAlias = _Grid | Literal["fp32", "fp16"]  # of a value's elements; int8 on a grid
+_Type: TypeAlias = _Grid | Literal["fp32", "fp16"]  # of a value's elements; integers on a grid
 _LOGISTIC = _Grid(1 / 256, -128)  # which XNNPACK demands of a sigmoid
-_PIXELS = _Grid(1.0, 0)  # of bytes
+_PIXELS = _Grid(1.0, 0, "quint8")
+_INPUT = {"external_id": 0, "flags": _EXTERNAL_INPUT}
+_LOGITS = {"external_id": 1, "flags": _EXTERNAL_OUTPUT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +100,26 @@ class _Graph:
         from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import serialize_xnnpack_binary
 
         batch, size, channels = self._form.batch or 1, layers[0].in_size, layers[0].in_channels
-        shape = (batch, size, size, channels)
+        image = self._value((batch, size, size, channels), "fp32")
         if self._form.pixels is None:
-            given = self._value((batch, channels, size, size), "fp32", external_id=0, flags=_EXTERNAL_INPUT)
-            image = self._value(shape, "fp32")
-            self._node("StaticTranspose", [given], image, num_dims=4, perm=[0, 2, 3, 1])
+            given = self._value((batch, channels, size, size), "fp32", _INPUT)
+            self._node("StaticTranspose", image, num_dims=4, perm=[0, 2, 3, 1], input_id=given.number)
         else:
-            given = self._value(shape, _PIXELS, external_id=0, flags=_EXTERNAL_INPUT)
-            image = self._value(shape, "fp32")
-            self._node("Convert", [given], image)
+            given = self._value(image.shape, _PIXELS, _INPUT)
+            self._node("Convert", image, input_id=given.number)
         maps = {IMAGE: image}
         for layer in layers:
             maps[layer.name] = self._add(layer, [maps[name] for name in layer.inputs])
-        self._as(maps[layers[-1].name], "fp32", external=True)
+        logits = maps[layers[-1].name]
+        if logits.type != "fp32":
+            logits = self._node("Convert", self._value(logits.shape, "fp32", _LOGITS), input_id=logits.number)
         graph = XNNGraph(
             version="0",
             xnodes=self._nodes,
             xvalues=self._values,
             num_externs=2,
             input_ids=[given.number],
-            output_ids=[len(self._values) - 1],
+            output_ids=[logits.number],
             constant_data=self._offsets,
         )
         binary: bytes = serialize_xnnpack_binary(graph, self._data)
@@ -140,11 +143,12 @@ class _Graph:
                 # What lies beyond the border does not count in XNNPACK's averages.
                 edge = layer.in_size % 2
                 return self._node(
-                    "AvgPooling2d", [source], self._value(shape, type), padding_right=edge, padding_bottom=edge,
-                    pooling_height=2, pooling_width=2, stride_height=2, stride_width=2,
+                    "AvgPooling2d", self._value(shape, type), padding_right=edge, padding_bottom=edge,
+                    pooling_height=2, pooling_width=2, stride_height=2, stride_width=2, input_id=source.number,
                 )  # fmt: skip
             case "global_pool":
-                return self._node("GlobalAvgPooling2d", [source], self._value(shape, type), flags=_KEEP_DIMS)
+                pooled = self._value(shape, type)
+                return self._node("GlobalAvgPooling2d", pooled, input_id=source.number, flags=_KEEP_DIMS)
             case "scale":
                 return self._pair("Multiply", inputs, type)
             case "add":
@@ -164,63 +168,58 @@ class _Graph:
             type = _Grid.of(0, 1) if isinstance(type, _Grid) else type
         in_channels, out_channels = (1, 1) if layer.depthwise else (layer.in_channels, layer.out_channels)
         weight = weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))
-        out = self._weighted(source, weight, shape, type)
+        out = self._value(shape, _reachable(type, source, weight))
         whole = slice(0, layer.kernel), slice(0, layer.kernel)
         # In integers the sum of pieces would be coarser than the whole.
         pieces = [*rings(layer.kernel)] if layer.depthwise and not isinstance(source.type, _Grid) else [whole]
-        summed: _Value | None = None
-        for number, (rows, columns) in enumerate(pieces, 1):
+        sums: list[_Value] = []
+        for rows, columns in pieces:
             made = out if len(pieces) == 1 else self._value(shape, type)
-            is_last = number == len(pieces)
-            filter_id, bias_id = self._weights(layer, weight[:, rows, columns], bias, source, made)
-            above, beside = layer.kernel // 2 - rows.start, layer.kernel // 2 - columns.start
+            constants = self._weights(layer, weight[:, rows, columns], None if sums else bias, source, made)
+            above, beside = (layer.kernel // 2 - part.start for part in (rows, columns))
             self._node(
-                "DepthwiseConv2d" if layer.depthwise else "Conv2d", [source], made, limits if made is out else None,
+                "DepthwiseConv2d" if layer.depthwise else "Conv2d", made, limits if made is out else None,
                 padding_top=above, padding_right=beside, padding_bottom=above, padding_left=beside,
                 kernel_height=len(range(layer.kernel)[rows]), kernel_width=len(range(layer.kernel)[columns]),
                 subsampling_height=layer.stride, subsampling_width=layer.stride,
-                dilation_height=rows.step or 1, dilation_width=columns.step or 1,
-                group_input_channels=in_channels, group_output_channels=out_channels,
-                groups=layer.groups, filter_id=filter_id, bias_id=bias_id,
+                dilation_height=rows.step or 1, dilation_width=columns.step or 1, group_input_channels=in_channels,
+                group_output_channels=out_channels, groups=layer.groups, input1_id=source.number, **constants,
             )  # fmt: skip
-            if summed is not None:
-                made = self._node(
-                    "Add", [summed, made], out if is_last else self._value(shape, type), limits if is_last else None
-                )
-            summed, bias = made, None
+            if sums:
+                last = len(sums) == len(pieces) - 1
+                made, part = (out if last else self._value(shape, type)), made
+                self._node("Add", made, limits if last else None, input1_id=sums[-1].number, input2_id=part.number)
+            sums.append(made)
         if not separate:
             return out
         type = self._type(name)
         if activation == "h-swish":
-            return self._node("Hardswish", [out], self._value(shape, type))
-        gate = self._node("Sigmoid", [out], self._value(shape, _LOGISTIC if isinstance(type, _Grid) else type))
+            return self._node("Hardswish", self._value(shape, type), input_id=out.number)
+        gate = self._value(shape, _LOGISTIC if isinstance(type, _Grid) else type)
+        self._node("Sigmoid", gate, input_id=out.number)
         return self._pair("Multiply", [out, gate], type) if activation == "swish" else gate
 
     def _linear(self, layer: Layer, source: _Value) -> _Value:
         weight = tensor(self._tensors, f"{layer.name}.weight", layer.weight_shape)
         bias = tensor(self._tensors, f"{layer.name}.bias", (layer.out_channels,)) if layer.bias else None
-        shape = (source.shape[0], layer.in_channels)
-        flat = self._node("StaticReshape", [source], self._value(shape, source.type), num_dims=2, new_shape=[*shape])
-        out = self._weighted(source, weight, (source.shape[0], layer.out_channels), self._type(layer.name))
-        filter_id, bias_id = self._weights(layer, weight, bias, source, out)
-        return self._node("FullyConnected", [flat], out, filter_id=filter_id, bias_id=bias_id)
-
-    def _weighted(self, source: _Value, weight: NDArray[Any], shape: tuple[int, ...], type: _Type) -> _Value:
-        """What a layer with weights makes, on a coarser grid where its own is too fine for XNNPACK."""
-        if isinstance(source.type, _Grid) and isinstance(type, _Grid):
-            least = source.type.scale * float(np.abs(weight).max()) / 127 / _MAX_MULTIPLIER
-            type = type if type.scale >= least else _Grid(least, type.zero_point)
-        return self._value(shape, type)
+        flat = self._value((source.shape[0], layer.in_channels), source.type)
+        self._node("StaticReshape", flat, num_dims=2, new_shape=[*flat.shape], input_id=source.number)
+        type = self._type(layer.name)
+        shape = (source.shape[0], layer.out_channels)
+        out = self._value(shape, _reachable(type, source, weight), _LOGITS if type == "fp32" else {})
+        constants = self._weights(layer, weight, bias, source, out)
+        return self._node("FullyConnected", out, input1_id=flat.number, **constants)
 
     def _pair(self, kind: str, inputs: list[_Value], type: _Type) -> _Value:
         """The sum or the product of two values; in float32 where XNNPACK refuses their grids beside the output's."""
         grids = [value.type for value in inputs if isinstance(value.type, _Grid)]
-        if grids and isinstance(type, _Grid):
+        if isinstance(type, _Grid):
             units = [grid.scale for grid in grids] if kind == "Add" else [math.prod(grid.scale for grid in grids)]
-            low, high = _RESCALING[kind]
-            if not all(low <= unit / type.scale < high for unit in units):
+            least, most = _RESCALING[kind]
+            if not all(least <= unit / type.scale < most for unit in units):
                 inputs, type = [self._as(value, "fp32") for value in inputs], "fp32"
-        return self._node(kind, inputs, self._value(inputs[0].shape, type))
+        one, other = inputs
+        return self._node(kind, self._value(one.shape, type), input1_id=one.number, input2_id=other.number)
 
     # ------------------------------------------------------------ types
 
@@ -241,29 +240,21 @@ class _Graph:
             return value if isinstance(value.type, _Grid) else self._as(value, self._grid(name))
         return self._as(value, type)
 
-    def _as(self, value: _Value, type: _Type, *, external: bool = False) -> _Value:
+    def _as(self, value: _Value, type: _Type) -> _Value:
         """A value converted to another type, once."""
-        fields = {"external_id": 1, "flags": _EXTERNAL_OUTPUT} if external else {}
-        if value.type == type and not external:
+        if value.type == type:
             return value
-        if (value.number, type) not in self._converted or external:
-            out = self._value(value.shape, type, **fields)
-            self._converted[value.number, type] = self._node("Convert", [value], out)
+        if (value.number, type) not in self._converted:
+            made = self._node("Convert", self._value(value.shape, type), input_id=value.number)
+            self._converted[value.number, type] = made
         return self._converted[value.number, type]
 
     # ------------------------------------------------------------ nodes and values
 
     def _node(
-        self,
-        kind: str,
-        inputs: list[_Value],
-        output: _Value,
-        limits: tuple[float, float | str] | None = None,
-        **fields: Any,
+        self, kind: str, output: _Value, limits: tuple[float, float | str] | None = None, **fields: Any
     ) -> _Value:
         """Add a node, and give its output, which is clamped to `limits`."""
-        names = ["input1_id", "input2_id"] if "filter_id" in fields or len(inputs) > 1 else ["input_id"]
-        fields |= {name: value.number for name, value in zip(names, inputs, strict=False)}
         node = {"xnode_union_type": f"XNN{kind}", "xnode_union": {**fields, "output_id": output.number}}
         if limits is not None:
             node["output_min_max"] = dict(zip(("output_min", "output_max"), limits, strict=True))
@@ -272,42 +263,41 @@ class _Graph:
 
     def _weights(
         self, layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None, source: _Value, out: _Value
-    ) -> tuple[int, int]:
-        """The numbers of the values of a weight, whose output channels come first, or last if depthwise, and a bias."""
+    ) -> dict[str, Any]:
+        """The values of a weight, whose output channels come first, or last if it is depthwise, and of a bias."""
         if not (isinstance(source.type, _Grid) and isinstance(out.type, _Grid)):
-            weight_id = self._constant(weight, source.type)
-            return weight_id, _NONE if bias is None else self._constant(bias, source.type)
-        bias = np.zeros(layer.out_channels) if bias is None else bias
+            bias_id = _NONE if bias is None else self._constant(layer, bias, source.type)
+            return {"filter_id": self._constant(layer, weight, source.type), "bias_id": bias_id}
         axis = weight.ndim - 1 if layer.depthwise else 0
         others = tuple(other for other in range(weight.ndim) if other != axis)
         largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
-        least = _MIN_MULTIPLIER * out.type.scale / source.type.scale
-        scale = np.maximum(largest / 127, least).astype(np.float32)
-        numbers = weight / scale
-        np.rint(numbers, out=numbers)
+        scale = np.maximum(largest / 127, _LEAST * out.type.scale / source.type.scale).astype(np.float32)
+        integers = weight / scale
+        np.rint(integers, out=integers)
         scale = scale.reshape(-1)
         units = source.type.scale * scale.astype(np.float64)
-        whole = np.clip(np.rint(bias / units), -(2**31) + 1, 2**31 - 1)
-        return (
-            self._channelwise(numbers.astype(np.int8), "xnn_datatype_qcint8", scale, axis),
-            self._channelwise(whole.astype("<i4"), "xnn_datatype_qcint32", units.astype(np.float32), 0),
-        )
-
-    def _channelwise(self, integers: NDArray[Any], datatype: str, scale: NDArray[np.float32], axis: int) -> int:
-        """A value of integers on grids of their own along an axis."""
-        quantisation = {
-            "scale": [],
-            "channel_dim": axis,
-            "scale_buffer_idx": self._stored(scale),
-            "num_scales": len(scale),
+        # XNNPACK wants a bias, zeros if need be.
+        whole = np.zeros(len(units)) if bias is None else np.clip(np.rint(bias / units), -(2**31) + 1, 2**31 - 1)
+        return {
+            "filter_id": self._channelwise("qcint8", integers.astype(np.int8), scale, axis),
+            "bias_id": self._channelwise("qcint32", whole.astype("<i4"), units.astype(np.float32), 0),
         }
-        fields = {"constant_buffer_idx": self._stored(integers)}
-        return self._define(integers.shape, datatype, {"PerChannelQuant": quantisation}, fields)
 
-    def _constant(self, array: NDArray[Any], type: _Type) -> int:
-        """A value that holds an array of floating-point numbers."""
+    def _channelwise(self, datatype: str, integers: NDArray[Any], scale: NDArray[np.float32], axis: int) -> int:
+        """A value that holds integers, on a grid for each index along an axis."""
+        params = {"scale": [], "channel_dim": axis, "scale_buffer_idx": self._stored(scale), "num_scales": len(scale)}
+        fields = {"constant_buffer_idx": self._stored(integers)}
+        return self._define(integers.shape, datatype, fields, ("PerChannelQuant", params))
+
+    def _constant(self, layer: Layer, array: NDArray[Any], type: _Type) -> int:
+        """A value that holds floating-point numbers."""
+        largest, most = float(np.abs(array).max()), float(np.finfo(np.float16).max)
+        if type == "fp16" and largest > most:
+            raise ExportError(
+                f"{layer.name} has weights of up to {largest:.3g}, and fp16 ends at {most:g}: export fp32"
+            )
         data = array.astype("<f2" if type == "fp16" else "<f4", copy=False)
-        return self._value(data.shape, type, constant_buffer_idx=self._stored(data)).number
+        return self._value(data.shape, type, {"constant_buffer_idx": self._stored(data)}).number
 
     def _stored(self, array: NDArray[Any]) -> int:
         """The number of an array among the graph's constants."""
@@ -317,27 +307,37 @@ class _Graph:
         self._data += data.data.cast("B")
         return len(self._offsets) - 1
 
-    def _value(self, shape: Sequence[int], type: _Type, **fields: int) -> _Value:
-        shape = tuple(shape)
+    def _value(self, shape: tuple[int, ...], type: _Type, fields: Mapping[str, int] = {}) -> _Value:
         if isinstance(type, _Grid):
-            datatype = "xnn_datatype_quint8" if type is _PIXELS else "xnn_datatype_qint8"
-            quantisation = {"PerTensorQuant": {"scale": type.scale, "zero_point": type.zero_point}}
-            return _Value(self._define(shape, datatype, quantisation, fields), shape, type)
-        return _Value(self._define(shape, f"xnn_datatype_{type}", None, fields), shape, type)
+            params = {"scale": type.scale, "zero_point": type.zero_point}
+            return _Value(self._define(shape, type.datatype, fields, ("PerTensorQuant", params)), shape, type)
+        return _Value(self._define(shape, type, fields), shape, type)
 
     def _define(
-        self, shape: Sequence[int], datatype: str, quantisation: dict[str, Any] | None, fields: dict[str, int]
+        self,
+        shape: Sequence[int],
+        datatype: str,
+        fields: Mapping[str, int],
+        quantisation: tuple[str, dict[str, Any]] | None = None,
     ) -> int:
         number = len(self._values)
         value = {"num_dims": len(shape), "dims": list(shape), "external_id": _NONE, "id_out": number, **fields}
-        value["datatype"] = datatype
+        value["datatype"] = f"xnn_datatype_{datatype}"
         if quantisation is None:
             self._values.append({"xvalue_union_type": "XNNTensorValue", "xvalue_union": value})
         else:
-            ((kind, params),) = quantisation.items()
+            kind, params = quantisation
             value = {"tensor_value": value, "quant_params_type": kind, "quant_params": params}
             self._values.append({"xvalue_union_type": "XNNQuantizedTensorValue", "xvalue_union": value})
         return number
+
+
+def _reachable(type: _Type, source: _Value, weight: NDArray[Any]) -> _Type:
+    """A grid for what a layer makes of `source`: `type`, or a coarser one where that is too fine for XNNPACK."""
+    if not (isinstance(type, _Grid) and isinstance(source.type, _Grid)):
+        return type
+    least = source.type.scale * float(np.abs(weight).max()) / 127 / _MOST
+    return type if type.scale >= least else replace(type, scale=least)
 
 
 def _program(graph: bytes, images: tuple[int, ...], dtype: str, logits: tuple[int, int]) -> Any:
