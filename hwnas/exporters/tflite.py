@@ -161,8 +161,8 @@ class _Writer:
     fp16 is how converters write it: weights and biases of 16 bits, each made float32 by an operator, which XNNPACK and
     the GPU delegate fold away.
 
-    Float files have no operator that the GPU delegate refuses, as LiteRT's `gpu_compatibility.cc` and `model_builder.cc`
-    have it: pixels become numbers by DEQUANTIZE, as neither it nor XNNPACK takes a CAST from uint8.
+    Float files have no operator that the GPU delegate refuses, as LiteRT's `gpu_compatibility.cc` and
+    `model_builder.cc` have it: pixels become numbers by DEQUANTIZE, as neither it nor XNNPACK takes a CAST from uint8.
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], form: Form) -> None:
