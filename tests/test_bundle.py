@@ -338,6 +338,75 @@ def test_snippets_have_the_preprocessing(colours, format, name, tmp_path):
         assert '"class | 6"' in text
 
 
+INTERPRETER_KT = """
+package org.tensorflow.lite
+
+import java.io.File
+import java.nio.ByteBuffer
+
+class Interpreter(model: File, private val options: Options) : AutoCloseable {
+    class Options { fun setNumThreads(threads: Int) = this }
+
+    init { require(model.exists()) }
+
+    fun run(input: Any, output: Any) {
+        val bytes = ByteArray((input as ByteBuffer).remaining())
+        input.get(bytes)
+        File("input.raw").writeBytes(bytes)
+        (output as Array<*>).forEach { (it as FloatArray)[5] = it.size.toFloat() }
+    }
+
+    override fun close() = Unit
+}
+"""
+MAIN_KT = """
+import java.io.File
+
+fun main() {
+    val classifier = Classifier(File("model.tflite"), List(7) { "class $it" })
+    println(classifier.classify(File("pixels.raw").readBytes()))
+    classifier.close()
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["normalised", "pixels"])
+def test_run_kt_gives_the_runtime_what_run_py_does(colours, what, tmp_path):
+    """Compiled against a stand-in for Android's class, which keeps the bytes that it gets."""
+    pytest.importorskip("ai_edge_litert")
+    if not shutil.which("kotlinc"):
+        pytest.skip("needs Kotlin: apt-get install kotlin")
+    target = tmp_path / "bundle"
+    write(
+        colours,
+        target,
+        writer=exporter("tflite", pixels=Pixels(COLOURS.mean, COLOURS.std) if what == "pixels" else None),
+    )
+    (tmp_path / "interpreter.kt").write_text(INTERPRETER_KT)
+    (tmp_path / "main.kt").write_text(MAIN_KT)
+    sources = [target / "run.kt", tmp_path / "interpreter.kt", tmp_path / "main.kt"]
+    done = subprocess.run(
+        ["kotlinc", *sources, "-include-runtime", "-d", tmp_path / "run.jar"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run.kt" not in done.stderr  # no warnings either
+    image = Image.open(photos(tmp_path, 1)[0])
+    manifest = json.loads((target / MANIFEST).read_text())
+    (target / "pixels.raw").write_bytes(pixels(image, manifest["preprocessing"]).tobytes())
+    command = ["java", "-cp", tmp_path / "run.jar", "MainKt"]
+    done = subprocess.run(command, cwd=target, check=True, capture_output=True, text=True)
+    assert done.stdout == "class 5\n"
+    assert (target / "input.raw").read_bytes() == preprocess(image, manifest).tobytes()
+
+
+def test_snippets_are_for_one_image(colours, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    write(colours, tmp_path / "bundle", writer=exporter("tflite", batch=2))
+    assert not (tmp_path / "bundle" / "run.kt").exists()
+    assert (tmp_path / "bundle" / "run.py").exists()
+
+
 # ---------------------------------------------------------------- tampering
 
 
@@ -773,13 +842,15 @@ def test_sensitive_blocks_stay_in_float32(quantised):
 
 
 def test_a_format_that_cannot_mix_says_so(quantised):
-    pytest.importorskip("ai_edge_litert")
+    class Unmixed(OnnxExporter):
+        mixes = False
+
     network, tensors, images, accuracy = quantised
     tensors = {**tensors, "stage2.block1.depthwise.range": np.float32([-1e4, 1e4])}
-    with pytest.raises(ExportError, match=r"int8 tflite file has a validation accuracy of [\d.]+%, under the 95.00%"):
-        within_drop(network, tensors, exporter("tflite", "int8"), images[:16], accuracy, least=0.95)
-    with pytest.raises(InputError, match="format tflite cannot keep some layers in float32"):
-        exporter("tflite", "int8", ["stem"])
+    with pytest.raises(ExportError, match=r"int8 onnx file has a validation accuracy of [\d.]+%, under the 95.00%"):
+        within_drop(network, tensors, Unmixed(Form(precision="int8")), images[:16], accuracy, least=0.95)
+    with pytest.raises(InputError, match="format onnx cannot keep some layers in float32"):
+        Unmixed(Form(precision="int8", keep=frozenset(["stem"])))
 
 
 def test_blocks_are_all_layers_once(quantised):

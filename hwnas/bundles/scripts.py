@@ -83,28 +83,36 @@ import java.nio.ByteBuffer
 import java.nio.ByteOrder
 import org.tensorflow.lite.Interpreter
 
-private val MEAN = floatArrayOf({mean})
-private val STD = floatArrayOf({std})
-
 class Classifier(model: File, private val classes: List<String>) : AutoCloseable {{
     private val interpreter = Interpreter(model, Interpreter.Options().setNumThreads(1))
 
     /** The likeliest of the manifest's classes. */
     fun classify(pixels: ByteArray): String {{
-        val input = ByteBuffer.allocateDirect(4 * pixels.size).order(ByteOrder.nativeOrder())
-        pixels.forEachIndexed {{ i, pixel ->
-            val value = (pixel.toInt() and 0xFF) / 255f
-            input.putFloat((value - MEAN[i % {channels}]) / STD[i % {channels}])
-        }}
+        require(pixels.size == {num_pixels}) {{ "${{pixels.size}} bytes, not {size} x {size} x {channels}" }}
+        val input = ByteBuffer.allocateDirect({bytes} * pixels.size).order(ByteOrder.nativeOrder())
+{fill}
         input.rewind()
         val logits = Array(1) {{ FloatArray({num_classes}) }}
         interpreter.run(input, logits)
-        return classes[logits[0].indices.maxByOrNull {{ logits[0][it] }}!!]
+        var best = 0
+        for (i in logits[0].indices) if (logits[0][i] > logits[0][best]) best = i
+        return classes[best]
     }}
 
     override fun close() = interpreter.close()
 }}
 """
+
+FILL_KT = {
+    "normalised": """\
+        val mean = floatArrayOf({mean})
+        val std = floatArrayOf({std})
+        for (i in pixels.indices) {{
+            val value = (pixels[i].toInt() and 0xFF) / 255f
+            input.putFloat((value - mean[i % {channels}]) / std[i % {channels}])
+        }}""",
+    "pixels": "        input.put(pixels)",
+}
 
 BUILD_SH = """\
 #!/bin/sh
@@ -148,7 +156,7 @@ def scripts(manifest: Manifest, exporter: Exporter) -> dict[str, str]:
     load = load.replace('"""See `Exporter`."""', '"""The network in a file, as a function."""')
     end = 'if __name__ == "__main__":\n    main(load, Path(__file__).parent, sys.argv[1:])\n'
     made = {"run.py": "\n\n".join([RUN_PY.format(**what) + shared.rstrip() + "\n", load, end])}
-    if manifest.file.format in SNIPPETS:
+    if manifest.file.format in SNIPPETS and manifest.input.shape[0] == 1:  # they classify an image at a time
         name, template = SNIPPETS[manifest.file.format]
         made[name] = template.format(**what, **_constants(manifest))
     if manifest.file.format == "tensorrt":
@@ -198,9 +206,11 @@ def _constants(manifest: Manifest) -> dict[str, object]:
     }
     suffix = "f" if manifest.file.format == "tflite" else ""  # 102f is a float in Kotlin, and an error in C++
     lists = {name: ", ".join(f"{value:.9g}{suffix}" for value in values) for name, values in numbers.items()}
-    return {
+    constants: dict[str, object] = {
         "size": how.resolution,
         "channels": how.channels,
+        "num_pixels": how.resolution**2 * how.channels,
+        "bytes": 1 if manifest.input.dtype == "uint8" else 4,
         "order": "grey" if how.channels == 1 else "red, green, blue",
         "pixel": "PIXEL_GRAY" if how.channels == 1 else "PIXEL_RGB",
         "num_classes": len(manifest.classes),
@@ -211,3 +221,4 @@ def _constants(manifest: Manifest) -> dict[str, object]:
         "normalise": "" if manifest.input.values == "pixels" else NORMALISE_CC.format(**lists),
         **lists,
     }
+    return {**constants, "fill": FILL_KT[manifest.input.values].format(**constants)}

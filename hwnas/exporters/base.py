@@ -96,6 +96,7 @@ _BYTES = {
     ("onnx", "int8"): _Bytes(1, 13, 13, 646, 1200),
     ("onnx", "int8-symmetric"): _Bytes(1, 5, 5, 985, 1),
     ("tflite", "fp32"): _Bytes(4, 0, 0, 338, 151, zero_bias=True),
+    ("tflite", "fp16"): _Bytes(2, -2, -2, 619, 13, zero_bias=True),  # biases of two bytes
     ("tflite", "int8"): _Bytes(1, 24, 0, 655, 0, zero_bias=True),
 }
 

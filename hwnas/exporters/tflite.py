@@ -173,8 +173,8 @@ class _Writer:
     fp16 is how converters write it: weights and biases of 16 bits, each made float32 by an operator, which XNNPACK and
     the GPU delegate fold away.
 
-    Nothing is written that the GPU delegate refuses, as LiteRT's `gpu_compatibility.cc` and `model_builder.cc` have it:
-    pixels become numbers by DEQUANTIZE, as neither it nor XNNPACK takes a CAST from uint8.
+    Float files have no operator that the GPU delegate refuses, as LiteRT's `gpu_compatibility.cc` and
+    `model_builder.cc` have it: pixels become numbers by DEQUANTIZE, as neither it nor XNNPACK takes a CAST from uint8.
     """
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]], form: Form) -> None:
@@ -185,7 +185,7 @@ class _Writer:
         self._operators: list[int] = []
         self._codes: dict[str, int] = {}
         self._constants: dict[str, int] = {}
-        self._made: dict[str, _Value] = {}  # by the layer's name
+        self._made: dict[str, _Value] = {}  # by the layer's name, and what was converted by its own
 
     def model(self, layers: Sequence[Layer]) -> Iterator[_Piece]:
         """The file of a network, piece by piece."""
