@@ -554,8 +554,8 @@ def test_linked_folders_are_refused(package, name, tmp_path):
         "../evil.py", "/tmp/evil.py", "a\\b.py", "..", "", ".", "C:evil.py", "C:/evil.py", "//host/evil.py",
         "model.mlpackage/../../evil.py", "model.mlpackage/Data/../../../evil.py", "model.mlpackage//tmp/evil.py",
         "model.mlpackage/./evil.py", "./model.mlpackage/evil.py", "model.mlpackage/", "model.mlpackage/..\\..\\evil.py",
-        "model.mlpackage/C:/evil.py", "model.mlpackage/\x1b[2J", "model.mlpackage/\0", "model.mlpackage" + "/a" * 8,
-        "model.mlpackage/" + "a" * 200, "../copy/model.mlpackage/evil.py",
+        "model.mlpackage/C:/evil.py", "model.mlpackage/\x1b[2J", "model.mlpackage/e\0vil.py",
+        "model.mlpackage" + "/a" * 8, "model.mlpackage/" + "a" * 200, "../copy/model.mlpackage/evil.py",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["bundle", "package"])

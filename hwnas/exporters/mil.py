@@ -272,7 +272,7 @@ def _steps(block: Any, image: _Declared, weights: NDArray[np.uint8]) -> tuple[di
         if kind == "const":
             constants[output] = _constant(operation, made, weights)
             continue
-        if kind not in _OPERATIONS:
+        if kind not in OPERATIONS:
             raise ValueError(f"hwnas writes no operation {kind!r}")
         inputs = {entry.key: binding.name for entry in operation.inputs for binding in entry.value.arguments}
         missing = [name for name in inputs.values() if name not in declared or name == output]
@@ -283,7 +283,7 @@ def _steps(block: Any, image: _Declared, weights: NDArray[np.uint8]) -> tuple[di
             raise ValueError(f"{output} is declared to be {made}, and cast to something else")
         if kind != "cast" and types != {made.dtype}:
             raise ValueError(f"{output} is declared to be {made}, but is made of {sorted(types)}")
-        steps.append(_Step(output, made, _OPERATIONS[kind], inputs))
+        steps.append(_Step(output, made, OPERATIONS[kind], inputs))
     if LOGITS not in declared or declared[LOGITS].dtype != "fp32":
         raise ValueError(f"{LOGITS} are not made, or not in fp32")
     return constants, steps
@@ -364,7 +364,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 # By their names and arguments in https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html
-_OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
+OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
     "add": lambda x, y: x + y,
     "avg_pool": _avg_pool,
     "cast": lambda x, dtype: x,  # rounded by what it is declared to be
