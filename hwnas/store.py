@@ -19,6 +19,9 @@ from hwnas.space import Architecture
 
 SCHEMA = 1
 
+# Fields of a measurement whose columns hold them as they are.
+_PLAIN = ("device", "runtime", "precision", "reference", "role", "error", "write_s", "run_s")
+
 _metadata = sa.MetaData()
 
 _schema = sa.Table("hwnas_schema", _metadata, sa.Column("version", sa.Integer, primary_key=True))
@@ -166,7 +169,8 @@ class Store(Database):
         """
         times = [time for round in measurement.rounds for time in round.times_ms]
         preempted = [flag for round in measurement.rounds for flag in round.preempted]
-        row = {
+        row = {name: getattr(measurement, name) for name in _PLAIN}
+        row |= {
             "protocol": measurement.protocol,
             "arch_id": measurement.arch.id,
             "arch": measurement.arch.to_dict(),
@@ -178,9 +182,8 @@ class Store(Database):
             "reference_ms": list(measurement.reference_ms),
             "created": measurement.created.isoformat(),
         }
-        same = ("device", "runtime", "precision", "reference", "role", "error", "write_s", "run_s")
         with self._connection() as connection:
-            connection.execute(sa.insert(_measurements), row | {name: getattr(measurement, name) for name in same})
+            connection.execute(sa.insert(_measurements), row)
 
     def measurements(
         self,
@@ -199,23 +202,12 @@ class Store(Database):
             InputError: the database cannot be read, or holds a record that is damaged.
         """
         table = _measurements.c
-        conditions = [
-            column == value
-            for column, value in (
-                (table.device, device),
-                (table.role, role),
-                (table.protocol, protocol),
-                (table.arch_id, arch and arch.id),
-            )
-            if value is not None
-        ]
+        wanted = _equal(_measurements, device=device, role=role, protocol=protocol, arch_id=arch.id if arch else None)
+        references: dict[str, list[float]] = {}
         with self._connection() as connection:
-            rows = connection.execute(sa.select(_measurements).where(*conditions).order_by(table.id)).all()
-            query = sa.select(table.protocol, table.reference_ms).where(
-                table.protocol.in_({row.protocol for row in rows})
-            )
-            references: dict[str, list[float]] = {}
-            for key, reference_ms in connection.execute(query):
+            rows = connection.execute(sa.select(_measurements).where(*wanted).order_by(table.id)).all()
+            alike = table.protocol.in_({row.protocol for row in rows})
+            for key, reference_ms in connection.execute(sa.select(table.protocol, table.reference_ms).where(alike)):
                 references.setdefault(key, []).extend(reference_ms)
         usual: dict[str, float] = {}
         found = []
@@ -240,14 +232,14 @@ class Store(Database):
                 end = start + count
                 rounds.append(RunTimes(tuple(times[start:end]), tuple(bits[start:end]), facts, *spread))
                 start = end
-            same = ("device", "runtime", "versions", "precision", "reference", "role", "error", "write_s", "run_s")
             return Measurement(
                 arch=Architecture.from_dict(row.arch, source),
                 timing=check(Timing, row.timing, source=source),
+                versions=row.versions,
                 rounds=tuple(rounds),
                 reference_ms=tuple(row.reference_ms),
                 created=datetime.fromisoformat(row.created),
-                **{name: getattr(row, name) for name in same},
+                **{name: getattr(row, name) for name in _PLAIN},
             )
         except (ValueError, TypeError) as error:
             raise InputError(self._damaged(f"measurement {row.id}: {error}")) from None
@@ -272,7 +264,7 @@ class Store(Database):
         Raises:
             InputError: the database cannot be read.
         """
-        found = self._select_evaluations(_evaluations.c.arch_id == arch.id, *self._which(weights, split, protocol))
+        found = self._evaluations(arch_id=arch.id, weights=weights, split=split, protocol=protocol)
         return found[0] if found else None
 
     def evaluations(self, weights: str, split: str, protocol: str | None = None) -> list[Evaluation]:
@@ -281,16 +273,10 @@ class Store(Database):
         Raises:
             InputError: the database cannot be read.
         """
-        return self._select_evaluations(*self._which(weights, split, protocol))
+        return self._evaluations(weights=weights, split=split, protocol=protocol)
 
-    @staticmethod
-    def _which(weights: str, split: str, protocol: str | None) -> list[sa.ColumnElement[bool]]:
-        table = _evaluations.c
-        which = [table.weights == weights, table.split == split]
-        return which if protocol is None else [*which, table.protocol == protocol]
-
-    def _select_evaluations(self, *conditions: sa.ColumnElement[bool]) -> list[Evaluation]:
-        query = sa.select(_evaluations).where(*conditions).order_by(_evaluations.c.id)
+    def _evaluations(self, **wanted: str | None) -> list[Evaluation]:
+        query = sa.select(_evaluations).where(*_equal(_evaluations, **wanted)).order_by(_evaluations.c.id)
         with self._connection() as connection:
             rows: Sequence[sa.RowMapping] = connection.execute(query).mappings().all()
         names = [name for name in Evaluation.__slots__ if name not in ("arch", "created")]
@@ -399,3 +385,8 @@ class Store(Database):
     @staticmethod
     def _child(study: str, number: int) -> sa.Update:
         return sa.update(_children).where(_children.c.study == study, _children.c.number == number)
+
+
+def _equal(table: sa.Table, **wanted: str | None) -> list[sa.ColumnElement[bool]]:
+    """Conditions on a table's columns; None stands for any value."""
+    return [table.c[name] == value for name, value in wanted.items() if value is not None]

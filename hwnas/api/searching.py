@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -209,7 +209,7 @@ class _Session:
         notice: Notice,
     ) -> None:
         self.run, self._stack, self._data, self._notice = run, stack, data, notice
-        self._options: dict[str, Any] = {"confidence": confidence, "strategy": strategy, "seed": seed}
+        self._confidence, self._strategy, self._seed = confidence, strategy, seed
         self._store = stack.enter_context(run.store())
         self._devices: dict[str, tuple[Device, dict[str, str], str]] = {}
 
@@ -243,8 +243,10 @@ class _Session:
             weights=self._evaluator.supernet.identity(),
             study=study,
             at_once=self._evaluator.at_once,
+            confidence=self._confidence,
+            strategy=self._strategy,
+            seed=self._seed,
             notice=self._notice,
-            **self._options,
         )
 
     def answer(self, searcher: Searcher, name: str, evaluations: int, *, baseline: bool, report: Report) -> Result:
