@@ -329,8 +329,8 @@ class OnnxExporter(Exporter):
         | OpenVINO 2026.4  | 7.2 / 19.5 / 30.1  | 10.3 / 25.0 / 37.9 | 5.3 / 12.8 / 20.4  |
 
     `fp16` suits GPUs and NPUs: weights and arithmetic are float16, input and output are not. On a processor onnxruntime
-    computes it in float32, in the same time as `fp32` (within 4%): running it there shows what rounding the weights
-    does, not whether a value in between overflows, so those are checked by their ranges where `tensors` has them.
+    computes it in float32, in about the time of `fp32`: that shows what rounding the weights does, not whether a value
+    in between overflows, so those are checked by their ranges where `tensors` has them.
     """
 
     format: ClassVar[str] = "onnx"
