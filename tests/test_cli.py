@@ -262,12 +262,12 @@ def test_export_in_int8_to_a_zip(capsys, run, tmp_path):
 
 
 def test_export_for_pixels_in_batches(capsys, run, tmp_path):
-    """As accurate as without, and not measured on a device, which runs files of one normalised image."""
+    """As accurate as without, and not measured on a device, which is timed with files of one normalised image."""
     words = ["export", "--run", run, "--output", tmp_path / "bundle"]
     plain = document(capsys, *words)
     code, out, err = hwnas(capsys, *words, "--pixels", "--batch", "any")
     assert code == 0, err
-    assert "takes fp32 onnx files of one normalised image" in err
+    assert "is timed with files of one normalised image" in err
     assert "not measured" in out
     manifest = document(capsys, "verify", tmp_path / "bundle")["manifest"]
     side = manifest["preprocessing"]["resolution"]
@@ -508,8 +508,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, words, message, tmp_pat
         (["export", "--format", "tflite", "--batch", "any"], "tflite take .* at a time, not any number"),
         (["export", "--format", "onnx", "--format", "onnx"], "onnx, onnx: one is there twice"),
         (["export", "--max-accuracy-drop", 2], "max_accuracy_drop=2.0 is not a share"),
-        (["export", "--device", "quick", "--precision", "int8"], "takes fp32 files, but the exporter writes int8"),
-        (["export", "--device", "quick", "--format", "tflite"], "runs onnx files, .*: use --format onnx"),
+        (
+            ["export", "--device", "quick", "--precision", "int8"],
+            "device .quick. takes fp32 files, not int8: use --precision fp32",
+        ),
+        (["export", "--device", "quick", "--format", "tflite"], "runs onnx files, not tflite: use --format onnx"),
         (["verify", "nowhere"], "nowhere: there is no such bundle"),
         (["export", "--result", "none"], "no result 'none' .*quick-50ms"),
         (["export", "--output", "/proc/none"], "/proc/none: cannot be written"),

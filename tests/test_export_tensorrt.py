@@ -26,14 +26,14 @@ class TestTensorrtExporter(ExporterContract):
 
 
 def test_suits_devices_that_take_its_files():
-    assert exporter("tensorrt").suits("onnx", "fp32")
-    assert not exporter("tensorrt").suits("onnx", Program.int8)
-    assert not exporter("tensorrt", batch=2).suits("onnx", "fp32")
-    assert exporter("tensorrt", "int8").suits("onnx", Program.int8)
-    assert not exporter("tensorrt", "int8").suits("onnx", "int8")  # a processor's
-    assert not exporter("tensorrt", "fp16").suits("onnx", "fp32")
-    assert exporter("onnx").suits("onnx", "fp32")
-    assert not exporter("tflite").suits("onnx", "fp32")
+    assert exporter("tensorrt").misfit("onnx", "fp32") is None
+    assert exporter("tensorrt").misfit("onnx", Program.int8) is not None
+    assert exporter("tensorrt", batch=2).misfit("onnx", "fp32") is not None
+    assert exporter("tensorrt", "int8").misfit("onnx", Program.int8) is None
+    assert exporter("tensorrt", "int8").misfit("onnx", "int8") is not None  # a processor's
+    assert exporter("tensorrt", "fp16").misfit("onnx", "fp32") is not None
+    assert exporter("onnx").misfit("onnx", "fp32") is None
+    assert exporter("tflite").misfit("onnx", "fp32") is not None
 
 
 @pytest.mark.parametrize(("precision", "of_file"), [("fp16", "fp16"), ("int8", "int8-symmetric")])

@@ -186,13 +186,10 @@ def export_all(
         made = []
         for plain, target in zip(exporters, targets, strict=True):
             writer, accuracy = job.accurate(plain.but(pixels=job.pixels) if pixels else plain)
-            fits = target_device is not None and writer.suits(target_device.accepts, target_device.file_precision)
-            if target_device is not None and not fits:
-                notice(
-                    f"the {precision} {writer.format} file is not measured: device {target_device.name!r} takes "
-                    f"{target_device.file_precision} {target_device.accepts} files of one normalised image"
-                )
-            bench = target_device if fits else None
+            bench, why = target_device, None
+            if bench is not None and (why := writer.misfit(bench.accepts, bench.file_precision)) is not None:
+                notice(f"the {precision} {writer.format} file is not measured: device {bench.name!r} {why}")
+                bench = None
             about = job.about(writer, accuracy, bench, must=asked)
             manifest = write_bundle(job.child, job.tensors, writer, images, target, about)
             made.append((target, manifest.to_dict()))
@@ -255,7 +252,7 @@ class _Job:
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What exporters get."""
         tensors = {name: tensor.numpy() for name, tensor in self.child.state_dict().items()}
-        if self._precision.startswith("int8"):
+        if self._precision != "fp32":
             import torch
 
             from hwnas.bundles.quantise import value_ranges
@@ -417,18 +414,9 @@ def _check_installed(writer: Exporter) -> None:
 
 def _check_taken(device: Device, exporters: Sequence[Exporter]) -> None:
     """A device that was asked for has to take one of the files."""
-    if any(writer.suits(device.accepts, device.file_precision) for writer in exporters):
-        return
-    if not any(writer.suits(device.accepts, writer.precision) for writer in exporters):
-        written = ", ".join(writer.format for writer in exporters)
-        raise InputError(
-            f"device {device.name!r} runs {device.accepts} files, but the exporter writes {written}: "
-            f"use --format {device.accepts}"
-        )
-    raise InputError(
-        f"device {device.name!r} takes {device.file_precision} files, but the exporter writes "
-        f"{exporters[0].precision}: use --precision {device.file_precision}, or a device of that precision"
-    )
+    reasons = [writer.misfit(device.accepts, device.file_precision) for writer in exporters]
+    if None not in reasons:
+        raise InputError(f"device {device.name!r} {reasons[0]}")
 
 
 def _measure_file(run: Run, arch: Architecture, device: Device, file: Path, predicted: Latency) -> Latency:

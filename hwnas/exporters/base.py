@@ -264,10 +264,20 @@ class Exporter(ABC):
         """
         return type(self)(replace(self.form, **changes))
 
-    def suits(self, accepts: str, precision: str) -> bool:
-        """Whether a device that takes files of a format and a precision, of one normalised image, takes these."""
-        plain = self.form.batch == 1 and self.form.pixels is None
-        return plain and (self.file_format or self.format, self.precision) == (accepts, precision)
+    @property
+    def file_precision(self) -> str:
+        """As `Device.file_precision` writes it; another one where a format has its own name for it."""
+        return self.precision
+
+    def misfit(self, accepts: str, precision: str) -> str | None:
+        """Why a device that takes files of a format and a precision does not take these; None where it does."""
+        if (self.file_format or self.format) != accepts:
+            return f"runs {accepts} files, not {self.format}: use --format {accepts}"
+        if self.file_precision != precision:
+            return f"takes {precision} files, not {self.precision}: use --precision {precision}, or another device"
+        if self.form.batch != 1 or self.form.pixels is not None:
+            return "is timed with files of one normalised image: leave --batch and --pixels out"
+        return None
 
     def write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """Write a network's file.
@@ -278,7 +288,7 @@ class Exporter(ABC):
         Args:
             layers: what `hwnas.layers.lower` gives.
             tensors: by the names that `Layer.tensors` gives, and `{layer}.norm.running_mean` and `running_var` of
-                every layer with batch norm. For int8 also `{layer}.range`, (2,), the least and the greatest value that
+                every layer with batch norm. For int8, and for fp16 if known, `{layer}.range`, (2,), the extremes of what
                 each layer puts out, `{layer}.preactivation.range` of those with an activation, before it, and
                 `image.range`.
             path: the file to write; its folder exists.

@@ -20,10 +20,7 @@ class TensorrtExporter(OnnxExporter):
     file_format: ClassVar[str] = "onnx"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
 
-    def suits(self, accepts: str, precision: str) -> bool:
-        """See `Exporter`; `precision` is that of an ONNX file."""
-        return precision == self._file_precision and super().suits(accepts, self.precision)
-
     @property
-    def _file_precision(self) -> str:
+    def file_precision(self) -> str:
+        """That of an ONNX file."""
         return "int8-symmetric" if self.precision == "int8" else self.precision
