@@ -268,7 +268,7 @@ class CoremlExporter(Exporter):
         else "hwnas's interpreter of Core ML programs (Core ML itself runs on macOS only)"
     )
     packages: ClassVar[tuple[str, ...]] = ("coremltools",)
-    extra: ClassVar[str] = "coreml"
+    extra: ClassVar[str] = "coreml" if sys.platform == "darwin" else ""  # elsewhere nothing of it is used
 
     def __init__(self, form: Form = Form()) -> None:  # noqa: B008 - it is frozen
         super().__init__(form)
