@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +39,7 @@ from hwnas.bundles.parity import correlation
 from hwnas.bundles.quantise import value_ranges
 from hwnas.data import Split
 from hwnas.devices import Device, load_spec
-from hwnas.errors import DeviceError, HwnasError
+from hwnas.errors import DeviceError
 from hwnas.evaluator import Evaluator
 from hwnas.exporters.base import Exporter, exporter, random_tensors
 from hwnas.files import parts, write_text
@@ -120,7 +120,7 @@ def surroundings() -> dict[str, Any]:
 # ------------------------------------------------------------ children
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Images:
     """What a file is asked: images, their labels, and the network's own logits."""
 
@@ -137,7 +137,7 @@ class Images:
         return digest([self.values, self.labels, self.logits])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Child:
     name: str
     arch: Architecture
@@ -258,32 +258,27 @@ def write_all(
     rows, run_s, notes = dict[tuple[str, Way], Row](), list[float](), list[str]()
     tensors = {child.name: child.tensors() for child in chosen}
     for way in ways():
-        writer, paths = exporter(*way), dict[str, Path]()
-        found: dict[str, dict[str, float]] = {}
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        writer, found = exporter(*way), dict[str, dict[str, float]]()
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {child.name: Path(folder) / child.arch.id / f"model{writer.suffix}" for child in chosen}
+            for child in chosen:
+                paths[child.name].parent.mkdir()
+                writer.write(child.network.layers, tensors[child.name], paths[child.name])
             try:
-                device, store = stack.enter_context(bench(way))
+                with bench(way) as (device, store):
+                    for child in chosen:
+                        try:
+                            found[child.name] = latency(child, space, writer, paths[child.name], device, store, cache)
+                        except DeviceError as error:
+                            notes.append(f"{child.name}, {' '.join(way)}: {error}")
             except ValueError as error:  # the device has no such precision
                 notes.append(f"{' '.join(way)}: {error}")
-                device = None
             for child in chosen:
-                path = Path(folder) / child.arch.id / f"model{writer.suffix}"
-                path.parent.mkdir()
-                try:
-                    writer.write(child.network.layers, tensors[child.name], path)
-                    paths[child.name] = path
-                    if device is not None:
-                        found[child.name] = latency(child, space, writer, path, device, store, cache)
-                        run_s.append(found[child.name]["run_s"])
-                except HwnasError as error:
-                    notes.append(f"{child.name}, {' '.join(way)}: {error}")
-            for child in chosen:
-                if child.name in paths:
-                    path = paths[child.name]
-                    size = sum(part.stat().st_size for part in parts(path))
-                    ms = found.get(child.name, {}).get("ms")
-                    rows[child.name, way] = Row(computed(writer, path, child.test, cache), ms, size)
-                    say(f"{child.name} {line(child, way, rows[child.name, way])}")
+                path, ms = paths[child.name], found.get(child.name, {}).get("ms")
+                size = sum(part.stat().st_size for part in parts(path))
+                rows[child.name, way] = Row(computed(writer, path, child.test, cache), ms, size)
+                say(f"{child.name} {line(child, way, rows[child.name, way])}")
+        run_s += [measured["run_s"] for measured in found.values()]
     return rows, run_s, notes
 
 
@@ -298,9 +293,6 @@ def line(child: Child, way: Way, row: Row) -> str:
 def in_short(chosen: Sequence[Child], rows: dict[tuple[str, Way], Row]) -> list[str]:
     """All children together: the worst of what they compute, and medians of what they take against fp32."""
 
-    def against(own: float | None, base: float | None) -> list[float]:
-        return [] if own is None or base is None else [own / base]
-
     def median(ratios: list[float]) -> str:
         return f"{statistics.median(ratios):.2f}" if ratios else "-"
 
@@ -310,15 +302,13 @@ def in_short(chosen: Sequence[Child], rows: dict[tuple[str, Way], Row]) -> list[
         "|---|---|---|---|---|---|---|",
     ]
     for way in ways():
-        of = {child: rows[child.name, way] for child in chosen if (child.name, way) in rows}
-        if not of:
-            continue
+        of = {child: rows[child.name, way] for child in chosen}
         points = [100 * (row.computed.accuracy - child.test.accuracy) for child, row in of.items()]
         least = min(row.computed.parity_correlation for row in of.values())
         same = min(row.computed.same for row in of.values())
-        bases = {child: rows[child.name, (way[0], "fp32")] for child in of}
-        ms = median([ratio for child, row in of.items() for ratio in against(row.ms, bases[child].ms)])
-        size = median([row.size_bytes / bases[child].size_bytes for child, row in of.items()])
+        pairs = [(row, rows[child.name, (way[0], "fp32")]) for child, row in of.items()]
+        ms = median([row.ms / base.ms for row, base in pairs if row.ms and base.ms])
+        size = median([row.size_bytes / base.size_bytes for row, base in pairs])
         cells = [*way, f"{min(points):+.2f}, {max(points):+.2f}", f"{least:.5f}", f"{same:.2%}", ms, size]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
@@ -346,7 +336,7 @@ def files_section(evaluator: Evaluator, chosen: Sequence[Child], cache: Cache) -
             f"| format | precision | accuracy | points | correlation, {NUM_PARITY} images | same class, {NUM_PARITY} "
             "| same class, all | ms | kB |",
             "|---|---|---|---|---|---|---|---|---|",
-            *(line(child, way, rows[child.name, way]) for way in ways() if (child.name, way) in rows),
+            *(line(child, way, rows[child.name, way]) for way in ways()),
             "",
         ]
     if run_s:
