@@ -10,6 +10,7 @@ import pytest
 
 from hwnas.cli import main
 from hwnas.devices import device_files, load_spec
+from hwnas.exporters.base import exporter, formats
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")
@@ -65,3 +66,19 @@ def test_files_that_the_guide_names(name):
 
 def test_devices_that_the_guide_names():
     assert {"jetson-orin-nano", "pixel", "jetson", "cpu"} <= set(device_files())
+
+
+def test_the_table_of_formats():
+    """docs/export.md has what the exporters say of themselves."""
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text.partition("| `--format`")[2].partition("\n\n")[0], re.M))
+    assert sorted(rows) == sorted(formats())
+    for name, row in rows.items():
+        made = exporter(name)
+        _, precisions, batch, pixels, mixes = row.split(" | ")
+        assert tuple(re.sub(r"\(.*?\)", "", precisions).replace(" ", "").split(",")) == made.precisions
+        assert batch == made.batches
+        assert made.pixel_input is not None
+        if name != "coreml":
+            assert pixels == f"{made.pixel_input.dtype} {made.pixel_input.layout}"
+        assert mixes == ("yes" if made.mixes else "no")
