@@ -381,13 +381,13 @@ class ExecutorchExporter(Exporter):
     resolution, resolution, in_channels).
 
     fp16 files hold and compute in half precision, int8 files in integers, between such an input and float32 logits.
-    fp16 needs processors with such arithmetic (ARM v8.2), or that convert to float32 and back (x86 since AVX2, 1 to 2
-    times as slow as fp32); others refuse such files. int8 takes 0.5 to 0.95 of fp32's time: 0.62 for 0.68 ms (tiny's
+    fp16 is for processors with such arithmetic (ARM since v8.2); on x86-64 with AVX2 it runs, 1 to 2 times as slow as
+    fp32. int8 takes 0.5 to 0.95 of fp32's time: 0.62 for 0.68 ms (tiny's
     largest child), 4.6 for 9.0 ms (bignas's smallest), 35 for 67 ms (bignas's largest; medians in turns on one thread,
     executorch 1.5.1, busy x86-64 with AMX). XNNPACK averages no integers: average pools compute in float32.
 
     XNNPACK's depthwise kernels have up to 25 weights a channel: one of 7x7 takes 50 times as long as one of 5x5
-    (executorch 1.5.1, x86-64, 240 channels of 14x14), in int8, too.
+    (executorch 1.5.1, x86-64, 240 channels of 14x14).
 
     executorch aborts the process where XNNPACK refuses a graph as it makes its kernels: grids that are too far apart
     for it are coarsened, or their layers compute in float32.
