@@ -5,17 +5,20 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
+from hwnas.bundles.parity import correlation
+from hwnas.bundles.quantise import within_drop
 from hwnas.devices import load_device
 from hwnas.errors import DeviceError, ExportError
-from hwnas.exporters.base import exporter, random_tensors
+from hwnas.exporters.base import Pixels, exporter, random_tensors
 from hwnas.exporters.executorch import ExecutorchExporter
 from hwnas.layers import Layer, lower
-from hwnas.space import SearchSpace
+from hwnas.space import Activation, SearchSpace
 from hwnas.testing import (
     QUICK,
     DeviceContract,
@@ -100,6 +103,117 @@ def test_networks_of_one_process_keep_their_weights(tmp_path):
     assert not np.allclose(first, second)
 
 
+# -------------------------------------------------------------------- lower precision
+
+
+def compared(layers, precision, path, images=16, **changes):
+    """What a file makes of images, and what its network does; the ranges are those of the same images."""
+    network, images = trained_network(layers), random_images(layers, images, seed=1)
+    writer = exporter("executorch", precision, changes.pop("keep", ()))
+    writer.write(layers, tensors_with_ranges(layers, network, images) | changes, path)
+    return writer.infer(path, images), network(torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.995), ("fp16", 0.9999)])
+def test_activations_of_lower_precisions(activation, precision, least, tmp_path):
+    space = replace(tiny_space(), activation=activation)
+    arch = replace(space.smallest(), resolution=33)  # feature maps with odd sides
+    found, expected = compared(lower(space, arch), precision, tmp_path / "m.pte")
+    assert correlation(found, expected) > least
+
+
+@pytest.mark.parametrize("name", ["bignas", "attentivenas", "ofa-mbv3", "tiny"])
+@pytest.mark.parametrize(("precision", "least"), [("int8", 0.9), ("fp16", 0.9995)])  # untrained networks lose much
+def test_lower_precisions_of_every_space(name, precision, least, tmp_path):
+    space = SearchSpace.load(name, num_classes=10)
+    layers = lower(space, replace(space.smallest(), resolution=64))
+    found, expected = compared(layers, precision, tmp_path / "m.pte", images=4)
+    assert correlation(found, expected) > least
+
+
+@pytest.fixture(scope="module")
+def largest():
+    """The layers of tiny's largest child, its network, the tensors of that, images, and its logits."""
+    space = tiny_space()
+    layers = lower(space, space.largest())
+    network, images = trained_network(layers), random_images(layers, 32, seed=1)
+    tensors = tensors_with_ranges(layers, network, images)
+    return layers, network, tensors, images, network(torch.from_numpy(images)).numpy()
+
+
+def test_kept_layers_compute_in_float(largest, tmp_path):
+    """The more of them, the closer; all of them is the network itself."""
+    layers, _, tensors, images, expected = largest
+    errors = []
+    for share in (0, 0.5, 1):
+        keep = [layer.name for layer in layers[: round(share * len(layers))]]
+        writer = exporter("executorch", "int8", keep)
+        found = writer.infer(writer.write(layers, tensors, tmp_path / "m.pte").path, images)
+        errors.append(float(((found - expected) ** 2).mean()))
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-8
+
+
+@pytest.mark.parametrize("name", ["stage1.block1.add", "stage3.block1.se.scale", "stem", "head.pool", "classifier"])
+def test_any_layer_can_be_kept(largest, name, tmp_path):
+    layers, _, tensors, images, expected = largest
+    writer = exporter("executorch", "int8", [name])
+    found = writer.infer(writer.write(layers, tensors, tmp_path / "m.pte").path, images)
+    assert correlation(found, expected) > 0.99
+
+
+def test_sensitive_blocks_stay_in_float32(largest):
+    layers, network, tensors, images, expected = largest
+    tensors = {**tensors, "stage2.block1.depthwise.range": np.float32([-1e4, 1e4])}  # steps far too coarse
+    whole = exporter("executorch", "int8")
+
+    def accuracy(writer, path):
+        return correlation(writer.infer(path, images), expected)
+
+    writer, found = within_drop(network, tensors, whole, images[:8], accuracy, least=0.98)
+    assert found >= 0.98
+    assert "stage2.block1.depthwise" in writer.form.keep
+    assert len(writer.form.keep) < len(layers)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stem.preactivation",  # of a convolution
+        "stage1.block1.depthwise",  # of a product, and of what reads it
+        "stage1.block1.se.reduce",
+        "stage2.block1.add",
+        "stage2.block1.shortcut.pool",
+        "head.pool",
+        "classifier",
+        "image",
+    ],
+)
+def test_what_xnnpack_refuses_is_never_written(name, tmp_path):
+    """It limits how far steps of inputs and outputs are apart, and executorch does not survive its refusal."""
+    space = tiny_space()
+    layers = lower(space, space.smallest())
+    names = {layer.name for layer in layers}
+    assert name.removesuffix(".preactivation") in {*names, "image"}
+    for limit in (0, 1e-6, 1e4):
+        wrong = {f"{name}.range": np.float32([-limit, limit])}
+        found, _ = compared(layers, "int8", tmp_path / "m.pte", images=2, **wrong)
+        assert np.isfinite(found).all()
+
+
+def test_weights_beyond_half_precision_are_named(layers, tmp_path):
+    tensors = random_tensors(layers, np.random.default_rng(0))
+    tensors["stage2.block1.project.norm.bias"][3] = 1e5
+    writer = exporter("executorch", "fp16")
+    with pytest.raises(
+        ExportError, match=r"stage2\.block1\.project has weights of up to 1e\+05, and fp16 ends at 65504"
+    ):
+        writer.write(layers, tensors, tmp_path / "m.pte")
+    assert not list(tmp_path.iterdir())
+    exporter("executorch").write(layers, tensors, tmp_path / "m.pte")
+
+
 # -------------------------------------------------------------------- what the files are
 
 
@@ -127,6 +241,17 @@ def test_takes_images_as_torch_lays_them_out(network):
     assert meta.num_inputs() == meta.num_outputs() == 1
     assert meta.input_tensor_meta(0).sizes() == (1, 1, 28, 28)
     assert meta.output_tensor_meta(0).sizes() == (1, 10)
+
+
+def test_takes_bytes_as_cameras_give_them(layers, tmp_path):
+    from executorch.runtime import Runtime
+
+    writer = exporter("executorch", batch=2, pixels=Pixels((0.5,), (0.2,)))
+    path = writer.write(layers, random_tensors(layers, np.random.default_rng(0)), tmp_path / "m.pte").path
+    meta = Runtime.get().load_program(path).metadata("forward")
+    assert meta.input_tensor_meta(0).sizes() == (2, 28, 28, 1)
+    assert meta.input_tensor_meta(0).dtype() == 0  # torch's ScalarType of uint8
+    assert meta.output_tensor_meta(0).sizes() == (2, 10)
 
 
 def test_running_leaves_the_input_alone(network, layers):

@@ -15,11 +15,11 @@ class Runtime:
     """Networks in .pte files that XNNPACK runs as a whole.
 
     Args:
-        precision: `fp32`.
+        precision: `fp32`, or `int8` for files that are quantised: the file says what XNNPACK computes in.
     """
 
     accepts = "executorch"
-    precisions = ("fp32",)
+    precisions = ("fp32", "int8")
     install = "hwnas[executorch], or executorch and torch, which its bindings need"
 
     def __init__(self, precision: str) -> None:

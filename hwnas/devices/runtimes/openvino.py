@@ -83,7 +83,7 @@ class Runtime:
             raise RuntimeError(f"OpenVINO would run the network on {num_threads} threads, not {threads}")
         kernels = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
         ran = {
-            kernel["runtimePrecision"].astype(str)
+            kernel["primitiveType"].astype(str).rpartition("_")[2]  # `runtimePrecision` is that of the weights' file
             for kernel in kernels
             if kernel["layerType"].astype(str) == "Convolution"
         }

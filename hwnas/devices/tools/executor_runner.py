@@ -34,7 +34,7 @@ class Program(Tool):
 
     runtime: ClassVar[str] = "executorch"
     accepts: ClassVar[str] = "executorch"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
     program: ClassVar[str] = "/data/local/tmp/executor_runner"
     install: ClassVar[str] = (
         "build it from github.com/pytorch/executorch with -DCMAKE_BUILD_TYPE=Release -DEXECUTORCH_BUILD_XNNPACK=ON "
