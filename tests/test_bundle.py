@@ -875,6 +875,31 @@ def test_int8_bundle(quantised, tmp_path):
     assert io.BytesIO((tmp_path / "b" / "check.npz").read_bytes()).getbuffer().nbytes > 0
 
 
+# ---------------------------------------------------------------- Core ML
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="Core ML runs here")
+def test_core_ml_bundle_says_that_it_did_not_run_in_core_ml(package):
+    who = json.loads((package / MANIFEST).read_text())["parity"]["runtime"]
+    assert who == "hwnas's interpreter of Core ML programs (Core ML itself runs on macOS only)"
+    assert f"| checked | in {who}, against the trained network" in (package / "README.md").read_text()
+    assert hwnas.verify(package)["parity"]["runtime"] == who
+
+
+@pytest.mark.parametrize("options", [{"pixels": Pixels(COLOURS.mean, COLOURS.std)}, {"batch": 3}, {"batch": None}])
+def test_core_ml_pictures_and_batches(colours, package, options, tmp_path):
+    images = random_images(colours.layers, 8, seed=1)
+    if "pixels" in options:  # real images are made of bytes
+        mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (COLOURS.mean, COLOURS.std))
+        images = (options["pixels"].of(images) / np.float32(255) - mean) / std
+    tensors = {name: tensor.numpy() for name, tensor in colours.state_dict().items()}
+    writer = exporter("coreml", **options)
+    write_bundle(colours, tensors, writer, images, tmp_path / "b.zip", lambda artifact: told())
+    paths = photos(tmp_path, 4)
+    found, expected = (hwnas.load_bundle(path).predict(paths).logits for path in (tmp_path / "b.zip", package))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 # ---------------------------------------------------------------- TensorRT
 
 
