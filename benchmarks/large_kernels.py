@@ -2,8 +2,9 @@
 
     python benchmarks/large_kernels.py --output benchmarks/results/large_kernels.md
 
-Single layers, and children of `ofa-mbv3` with kernels of 7 in every layer, in
-LiteRT and ExecuTorch on one thread. Every turn runs each file once, so that they share whatever the machine does.
+Single layers, and children of `ofa-mbv3` with kernels of 7 wherever it has them, in LiteRT and ExecuTorch on one
+thread; int8 files all of integers, and as hwnas writes them, with these layers in float32. Every turn runs each file
+once, so that they share whatever the machine does.
 """
 
 from __future__ import annotations
@@ -51,14 +52,20 @@ def one_layer(kernel: int, size: int, channels: int, stride: int) -> list[Layer]
     return [stem, depthwise, pool, classes]
 
 
-def milliseconds(files: dict[str, tuple[Sequence[Layer], Any]], format: str, turns: int) -> dict[str, float]:
+def milliseconds(
+    files: dict[str, tuple[Sequence[Layer], Any]], format: str, turns: int, precision: str = "fp32"
+) -> dict[str, float]:
     """Median of each file's runs; `files` gives its layers and how its large kernels are cut."""
-    writer, rng = exporter(format), np.random.default_rng(0)
+    writer, rng = exporter(format, precision), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, Callable[[], object]] = {}
         for number, (name, (layers, cut)) in enumerate(files.items()):
             path = Path(folder) / f"{number}{writer.suffix}"
-            with patch.object(tflite, "rings", cut), patch.object(executorch, "rings", cut):
+            with (
+                patch.object(tflite, "rings", cut),
+                patch.object(executorch, "rings", cut),
+                patch.object(type(writer), "in_rings", cut is rings),
+            ):
                 writer.write(layers, random_tensors(layers, rng), path)
             sides = (1, layers[0].in_size, layers[0].in_size, 3)
             image = rng.standard_normal(sides, dtype=np.float32)
@@ -114,21 +121,22 @@ def with_kernels_of_7(space: SearchSpace, arch: Architecture) -> Architecture:
 
 def children_table(turns: int) -> list[str]:
     lines = [
-        "| format | child | whole, ms | in pieces, ms | whole / pieces |",
-        "|---|---|---|---|---|",
+        "| format | precision | child | whole, ms | in pieces, ms | whole / pieces |",
+        "|---|---|---|---|---|---|",
     ]
+    space = SearchSpace.load("ofa-mbv3")
     for format in FORMATS:
-        space = SearchSpace.load("ofa-mbv3")
-        for child, arch in (("smallest", space.smallest()), ("biggest", space.largest())):
-            arch = with_kernels_of_7(space, arch)
-            layers = lower(space, arch)
-            found = milliseconds({"whole": (layers, whole), "pieces": (layers, rings)}, format, turns)
-            one, three = found["whole"], found["pieces"]
-            lines.append(
-                f"| {format} | {child} of ofa-mbv3 with kernels of 7, {arch.resolution} px | {one:.2f} | {three:.2f} "
-                f"| {one / three:.1f} |"
-            )
-            print(lines[-1], flush=True)
+        for precision in ("fp32", "int8"):
+            for child, arch in (("smallest", space.smallest()), ("biggest", space.largest())):
+                arch = with_kernels_of_7(space, arch)
+                layers = lower(space, arch)
+                found = milliseconds({"whole": (layers, whole), "pieces": (layers, rings)}, format, turns, precision)
+                one, three = found["whole"], found["pieces"]
+                lines.append(
+                    f"| {format} | {precision} | {child}, {arch.resolution} px | {one:.2f} | {three:.2f} "
+                    f"| {one / three:.1f} |"
+                )
+                print(lines[-1], flush=True)
     return [*lines, ""]
 
 
@@ -141,6 +149,10 @@ if __name__ == "__main__":
     how = f"medians of {options.turns} turns, one thread; load when it began {load:.2f}"
     text = heading("Large depthwise kernels in XNNPACK", how)
     text += ["Of single layers, without what a kernel of 1x1 in their place takes:", "", *layers_table(options.turns)]
-    text += ["Of whole networks:", "", *children_table(options.turns)]
+    text += [
+        "Of children of `ofa-mbv3` with kernels of 7; int8 in pieces is with these layers in float32:",
+        "",
+        *children_table(options.turns),
+    ]
     if options.output is not None:
         options.output.write_text("\n".join(text), encoding="utf-8")

@@ -501,7 +501,10 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, words, message, tmp_pat
         (["search", "--device", "quick", "--energy-mj", 1], "no energy predictor for 'quick'"),
         (["export", "--format", "gif"], "format 'gif' is not one of .*onnx"),
         (["export", "--precision", "int3"], "format onnx has no precision 'int3', only fp32, fp16, int8"),
-        (["export", "--format", "torch", "--precision", "int8"], "format torch has no precision 'int8', only fp32, fp16"),
+        (
+            ["export", "--format", "torch", "--precision", "int8"],
+            "format torch has no precision 'int8', only fp32, fp16",
+        ),
         (["export", "--batch", "none"], "--batch 'none' is not a number of images"),
         (["export", "--batch", "0"], "batch=0 is not a number of images"),
         (["export", "--format", "ncnn", "--batch", "4"], "files of format ncnn take one image at a time, not 4"),

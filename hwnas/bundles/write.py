@@ -212,7 +212,7 @@ def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Pa
             parts=tuple(_name(path, folder) for path in files),
             format=artifact.format,
             precision=artifact.precision,
-            float32_layers=tuple(layer.name for layer in child.layers if layer.name in exporter.form.keep),
+            float32_layers=tuple(layer.name for layer in child.layers if layer.name in exporter.kept(child.layers)),
             size_bytes=sum(path.stat().st_size for path in files),
         ),
         input=Input(

@@ -35,6 +35,7 @@ Run: TypeAlias = Callable[[NDArray[Any]], NDArray[np.float32]]
 NORMALISED = "normalised"  # the layer that a file of pixels starts with
 LOGITS = "logits"  # the output's name in formats that have names; the input's is `IMAGE`
 _POOL_SIZE = 65_537
+_CENTRE = 5  # side of the largest kernel that `rings` leaves whole
 _ANY_BATCH = 16  # images in a call of a file that takes any number
 _RANGES = {  # of values within four standard deviations of 1, after an activation
     None: (-4.0, 4.0),
@@ -73,6 +74,7 @@ class _Bytes:
         layer: a layer, for its names, shapes and options.
         activation: an operator of an activation; swish has two, the others one.
         zero_bias: whether layers without a bias get one of zeros.
+        in_rings: see `Exporter`.
     """
 
     weight: int
@@ -81,13 +83,14 @@ class _Bytes:
     layer: int
     activation: int
     zero_bias: bool = False
+    in_rings: bool = False
 
 
 # The last two are fitted to files of 20 children of bignas, ofa-mbv3, attentivenas and tiny, which the sums meet within
 # 0.5% (2% where the file is smaller than 1 MB).
 _BYTES = {
-    ("executorch", "fp32"): _Bytes(4, 0, 0, 224, 117),
-    ("executorch", "int8"): _Bytes(1, 8, 8, 334, 155, zero_bias=True),
+    ("executorch", "fp32"): _Bytes(4, 0, 0, 224, 117, in_rings=True),
+    ("executorch", "int8"): _Bytes(1, 8, 8, 334, 155, zero_bias=True, in_rings=True),
     ("ncnn", "fp32"): _Bytes(4, 0, 0, 119, 73),
     ("ncnn", "fp16"): _Bytes(2, 0, 0, 119, 73),
     ("ncnn", "int8"): _Bytes(1, 4, 4, 130, 66),
@@ -95,9 +98,9 @@ _BYTES = {
     ("onnx", "fp16"): _Bytes(2, -2, -2, 272, 63),  # biases of two bytes
     ("onnx", "int8"): _Bytes(1, 13, 13, 646, 1200),
     ("onnx", "int8-symmetric"): _Bytes(1, 5, 5, 985, 1),
-    ("tflite", "fp32"): _Bytes(4, 0, 0, 338, 151, zero_bias=True),
-    ("tflite", "fp16"): _Bytes(2, -2, -2, 619, 13, zero_bias=True),  # biases of two bytes
-    ("tflite", "int8"): _Bytes(1, 24, 0, 655, 0, zero_bias=True),
+    ("tflite", "fp32"): _Bytes(4, 0, 0, 338, 151, zero_bias=True, in_rings=True),
+    ("tflite", "fp16"): _Bytes(2, -2, -2, 619, 13, zero_bias=True, in_rings=True),  # biases of two bytes
+    ("tflite", "int8"): _Bytes(1, 24, 0, 655, 0, zero_bias=True, in_rings=True),
 }
 
 
@@ -115,12 +118,17 @@ def file_bytes(layers: Iterable[Layer], format: str = "onnx", precision: str = "
         raise InputError(f"the size of {format} files in {precision} is not known beforehand, only that of {known}")
     size = 0
     for layer in layers:
-        size += takes.layer + takes.weight * layer.num_weights
+        of = takes
+        if takes.in_rings and layer.depthwise and layer.kernel > _CENTRE:
+            of = _BYTES[format, "fp32"] if precision == "int8" else takes
+            # Every other piece is a layer, and so is its sum.
+            size += (layer.kernel - _CENTRE) * (2 * of.layer + of.weight * layer.out_channels * of.zero_bias)
+        size += of.layer + of.weight * layer.num_weights
         if layer.weight_shape:
-            has_bias = layer.bias or layer.norm or takes.zero_bias
-            size += layer.out_channels * (4 * has_bias + (takes.linear if layer.kind == "linear" else takes.conv))
+            has_bias = layer.bias or layer.norm or of.zero_bias
+            size += layer.out_channels * (4 * has_bias + (of.linear if layer.kind == "linear" else of.conv))
         if layer.activation is not None:
-            size += takes.activation * (2 if layer.activation == "swish" else 1)
+            size += of.activation * (2 if layer.activation == "swish" else 1)
     return size
 
 
@@ -214,6 +222,8 @@ class Exporter(ABC):
         precisions: that it can write: `fp32`, `fp16`, `int8` (weights per output channel, activations per tensor).
         batches: how many images one call of a file can take: `one`; a `fixed` number, chosen here; or `any` number.
         mixes: whether its int8 files can keep layers in float32.
+        in_rings: whether its large depthwise kernels are written in pieces (`rings`), which int8 cannot add up finely
+            enough: they stay in float32.
         runtime: what runs the files, for messages.
         packages: of PyPI, that `load` needs beside numpy.
         extra: of hwnas, that brings them; empty where they come with it.
@@ -230,6 +240,7 @@ class Exporter(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     batches: ClassVar[Literal["one", "fixed", "any"]] = "one"
     mixes: ClassVar[bool] = False
+    in_rings: ClassVar[bool] = False
     runtime: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str] = ""
@@ -264,6 +275,11 @@ class Exporter(ABC):
         """
         return type(self)(replace(self.form, **changes))
 
+    def kept(self, layers: Iterable[Layer]) -> frozenset[str]:
+        """The layers of a network that compute in float32 in this exporter's int8 files, those to keep among them."""
+        large = {layer.name for layer in layers if layer.depthwise and layer.kernel > _CENTRE}
+        return self.form.keep | large if self.in_rings and self.precision == "int8" else self.form.keep
+
     @property
     def file_precision(self) -> str:
         """As `Device.file_precision` writes it; another one where a format has its own name for it."""
@@ -288,8 +304,8 @@ class Exporter(ABC):
         Args:
             layers: what `hwnas.layers.lower` gives.
             tensors: by the names that `Layer.tensors` gives, and `{layer}.norm.running_mean` and `running_var` of
-                every layer with batch norm. For int8, and for fp16 if known, `{layer}.range`, (2,), the extremes of what
-                each layer puts out, `{layer}.preactivation.range` of those with an activation, before it, and
+                every layer with batch norm. For int8, and for fp16 if known, `{layer}.range`, (2,), the extremes of
+                what each layer puts out, `{layer}.preactivation.range` of those with an activation, before it, and
                 `image.range`.
             path: the file to write; its folder exists.
 
@@ -297,6 +313,9 @@ class Exporter(ABC):
             ExportError: a tensor is missing or has the wrong shape, or the format cannot express the network.
             OSError: the file cannot be written.
         """
+        if self.precision == "fp16":  # what the layers put out has to fit, too
+            for name in [name for name in tensors if name.endswith(".range")]:
+                half(f"the output of {name.removesuffix('.range')}", tensors[name])
         if self.form.pixels is not None:
             layers, tensors = self.form.pixels.normalise(layers, tensors)
         return self._write(layers, tensors, path)
@@ -472,6 +491,22 @@ def folded(layer: Layer, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[A
     return scaled, shift
 
 
+def half(what: str, values: NDArray[Any]) -> NDArray[np.float16]:
+    """Values in half precision; those too small for it become zero, as rounding does.
+
+    Args:
+        what: they are, for the message.
+        values: of any shape.
+
+    Raises:
+        ExportError: one is beyond its range, or no number.
+    """
+    most, limit = np.abs(values).max(initial=0), np.finfo(np.float16).max
+    if not most <= limit:
+        raise ExportError(f"{what} reaches {most:.6g}, and fp16 ends at {limit:g}: export fp32")
+    return values.astype("<f2")
+
+
 def rings(kernel: int) -> Iterator[tuple[slice, slice]]:
     """A large square kernel in pieces that XNNPACK has fast depthwise kernels for, of up to 25 weights.
 
@@ -482,7 +517,7 @@ def rings(kernel: int) -> Iterator[tuple[slice, slice]]:
     Yields:
         Rows and columns of the kernel, both around its centre.
     """
-    edge = max(0, kernel - 5) // 2
+    edge = max(0, kernel - _CENTRE) // 2
     yield slice(edge, kernel - edge), slice(edge, kernel - edge)
     for start in reversed(range(edge)):
         stop = kernel - start

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hwnas.errors import ExportError, InputError
 from hwnas.exporters import mil
-from hwnas.exporters.base import LOGITS, Artifact, Exporter, Form, Input, Run, folded, tensor, write_pieces
+from hwnas.exporters.base import LOGITS, Artifact, Exporter, Form, Input, Run, folded, half, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _MOST_IMAGES = 1024  # in a call of a program that takes any number: Core ML wants a bound
@@ -165,6 +165,7 @@ class _Writer:
 
     def _weight(self, name: str, value: NDArray[Any]) -> _Value:
         m = self._messages
+        value = half(name, value) if self._precision == "fp16" else value
         self._blobs.append(np.ascontiguousarray(value, dtype=mil.DTYPES[self._precision]))
         blob = m.Blob(fileName=mil.WEIGHTS_IN_PROGRAM, offset=self._num_bytes)
         size = self._blobs[-1].nbytes

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, Form, Input, Run, folded, rings, tensor, write_pieces
+from hwnas.exporters.base import Artifact, Exporter, Form, Input, Run, folded, half, rings, tensor, write_pieces
 from hwnas.layers import IMAGE, Layer
 
 _BACKEND = "XnnpackBackend"
@@ -170,8 +170,7 @@ class _Graph:
         weight = weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))
         out = self._value(shape, _reachable(type, source, weight))
         whole = slice(0, layer.kernel), slice(0, layer.kernel)
-        # In integers the sum of pieces would be coarser than the whole.
-        pieces = [*rings(layer.kernel)] if layer.depthwise and not isinstance(source.type, _Grid) else [whole]
+        pieces = [*rings(layer.kernel)] if layer.depthwise else [whole]
         sums: list[_Value] = []
         for rows, columns in pieces:
             made = out if len(pieces) == 1 else self._value(shape, type)
@@ -291,12 +290,7 @@ class _Graph:
 
     def _constant(self, layer: Layer, array: NDArray[Any], type: _Type) -> int:
         """A value that holds floating-point numbers."""
-        largest, most = float(np.abs(array).max()), float(np.finfo(np.float16).max)
-        if type == "fp16" and largest > most:
-            raise ExportError(
-                f"{layer.name} has weights of up to {largest:.3g}, and fp16 ends at {most:g}: export fp32"
-            )
-        data = array.astype("<f2" if type == "fp16" else "<f4", copy=False)
+        data = half(layer.name, array) if type == "fp16" else array.astype("<f4", copy=False)
         return self._value(data.shape, type, {"constant_buffer_idx": self._stored(data)}).number
 
     def _stored(self, array: NDArray[Any]) -> int:
@@ -394,10 +388,9 @@ class ExecutorchExporter(Exporter):
 
     fp16 files hold and compute in half precision, int8 files in integers, between such an input and float32 logits.
     fp16 is for processors with such arithmetic (ARM since v8.2); on x86-64 with AVX2 it runs, 1 to 2 times as slow as
-    fp32. int8 takes 0.5 to 0.95 of fp32's time: 0.62 for 0.68 ms (tiny's largest child), 4.6 for 9.0 ms (bignas's
-    smallest), 35 for 67 ms (bignas's largest; medians in turns on one thread, executorch 1.5.1, busy x86-64 with AMX). XNNPACK averages no integers: average pools compute in float32.
-
-    Depthwise kernels of 7x7 and more are written in pieces (`hwnas.exporters.base.rings`), but for int8.
+    fp32. int8 took 0.62 for fp32's 0.68 ms (tiny's largest child), 4.6 for 9.0 ms (bignas's smallest) and 35 for 67 ms
+    (bignas's largest; medians in turns on one thread, executorch 1.5.1, busy x86-64 with AMX). XNNPACK averages no
+    integers: average pools compute in float32.
 
     executorch aborts the process where XNNPACK refuses a graph as it makes its kernels: grids that are too far apart
     for it are coarsened, or their layers compute in float32.
@@ -409,6 +402,7 @@ class ExecutorchExporter(Exporter):
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     batches: ClassVar[Literal["one", "fixed", "any"]] = "fixed"
     mixes: ClassVar[bool] = True
+    in_rings: ClassVar[bool] = True
     runtime: ClassVar[str] = "executorch"
     packages: ClassVar[tuple[str, ...]] = ("executorch", "torch")
     extra: ClassVar[str] = "executorch"
@@ -418,7 +412,7 @@ class ExecutorchExporter(Exporter):
         with _quiet():
             from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
 
-            graph = _Graph(tensors, self.form).write(layers)
+            graph = _Graph(tensors, replace(self.form, keep=self.kept(layers))).write(layers)
             batch, channels, size = self.form.batch or 1, layers[0].in_channels, layers[0].in_size
             image = (size, size, channels) if self.takes.layout == "NHWC" else (channels, size, size)
             program = _program(graph, (batch, *image), self.takes.dtype, (batch, layers[-1].out_channels))

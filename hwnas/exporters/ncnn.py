@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.errors import ExportError
-from hwnas.exporters.base import LOGITS, NORMALISED, Artifact, Exporter, Input, Run, folded, tensor
+from hwnas.exporters.base import LOGITS, NORMALISED, Artifact, Exporter, Input, Run, folded, half, tensor
 from hwnas.files import replacing
 from hwnas.layers import IMAGE, Layer
 
@@ -119,7 +118,7 @@ class _Writer:
                 integers = np.rint(weight * scales[0].reshape(-1, *[1] * (weight.ndim - 1)))
                 tag, values = _INT8, _bytes(integers, "i1")
             case "fp16":
-                tag, values = _FP16, _bytes(_half(layer, weight), "<f2")
+                tag, values = _FP16, _bytes(half(f"{layer.name}.weight", weight), "<f2")
             case _:
                 tag, values = _FP32, _bytes(weight, "<f4")
         self.weights += [tag, values, bytes(-len(values) % 4)]
@@ -160,20 +159,6 @@ class _Writer:
 def _scale(largest: NDArray[Any], integer: int = 127) -> NDArray[Any]:
     """What brings the largest absolute value to an integer; where all are zero, anything does."""
     return (integer / np.where(largest > 0, largest, 1)).astype(np.float32)
-
-
-def _half(layer: Layer, weight: NDArray[Any]) -> NDArray[np.float16]:
-    """Weights in half precision.
-
-    Raises:
-        ExportError: one is too large for it.
-    """
-    with np.errstate(over="ignore"):
-        half = weight.astype(np.float16)
-    if np.isinf(half).any():
-        most, largest = np.finfo(np.float16).max, np.abs(weight).max()
-        raise ExportError(f"a weight of {layer.name} is {largest:.6g}, and fp16 ends at {most:.0f}: export fp32")
-    return half
 
 
 def _bytes(values: NDArray[Any], kind: str) -> memoryview:

@@ -12,7 +12,6 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from hwnas.errors import ExportError
 from hwnas.exporters.base import (
     LOGITS,
     NORMALISED,
@@ -22,6 +21,7 @@ from hwnas.exporters.base import (
     Input,
     Run,
     folded,
+    half,
     tensor,
     write_pieces,
 )
@@ -105,20 +105,17 @@ def _graph(
     graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [batch, last.out_channels]))
     # Normalised in float32, what follows is the same as in a file that takes normalised images.
     quantisation = _quantisation(form.precision, form.keep | {NORMALISED})
-    half = form.precision == "fp16"
-    writer = _Writer(graph, tensors, quantisation, half=half)
+    is_half = form.precision == "fp16"
+    writer = _Writer(graph, tensors, quantisation, half=is_half)
     integers = _passed_as_integers(layers, quantisation)
     made = {IMAGE: writer.image(pixels=form.pixels is not None)}  # what carries each layer's output
     if IMAGE in integers:
         made[IMAGE] = writer.quantised(IMAGE)
     for layer in layers:
-        output = layer.name if layer is not last else f"{LOGITS}.half" if half else LOGITS
-        for value in (layer.name, f"{layer.name}.preactivation") if half else ():
-            if f"{value}.range" in tensors:
-                _check_half(f"the output of {value}", tensors[f"{value}.range"])
+        output = layer.name if layer is not last else f"{LOGITS}.half" if is_half else LOGITS
         writer.add(layer, [made[name] for name in layer.inputs], output)
         made[layer.name] = writer.quantised(layer.name) if layer.name in integers else output
-    if half:
+    if is_half:
         writer.cast(f"{LOGITS}.half", LOGITS, TensorProto.FLOAT)
     return graph, writer.weights
 
@@ -129,13 +126,6 @@ def _passed_as_integers(layers: Sequence[Layer], quantisation: _Quantisation | N
         return set()
     quantised = [layer for layer in layers if layer.name not in quantisation.keep]
     return {name for layer in quantised for name in (layer.name, *layer.inputs)} - {layers[-1].name}
-
-
-def _check_half(what: str, values: NDArray[Any]) -> None:
-    """Refuse what float16 has no numbers for; smaller ones than it has become zero, as rounding does."""
-    most, limit = np.abs(values).max(), np.finfo(np.float16).max
-    if not most <= limit:
-        raise ExportError(f"{what} reaches {most:.3g}, and float16 ends at {limit:g}: export fp32")
 
 
 def _encode(graph: onnx.GraphProto, weights: _Weights) -> Iterator[bytes | memoryview]:
@@ -291,9 +281,7 @@ class _Writer:
 
     def _number(self, name: str, value: NDArray[Any]) -> str:
         """A weight or bias of a layer that computes in floating point."""
-        if self._half:
-            _check_half(name, value)
-        return self._weight(name, value, "<f2" if self._half else "<f4")
+        return self._weight(name, half(name, value) if self._half else value, "<f2" if self._half else "<f4")
 
     def _weight(self, name: str, value: Any, dtype: Any) -> str:
         self.weights[name] = np.asarray(value, dtype=dtype, order="C")

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.errors import ExportError
 from hwnas.exporters.base import (
     LOGITS,
     NORMALISED,
@@ -25,6 +24,7 @@ from hwnas.exporters.base import (
     Input,
     Run,
     folded,
+    half,
     rings,
     tensor,
     write_pieces,
@@ -267,8 +267,7 @@ class _Writer:
         output = self._output(layer, shape, source, "" if fused else ".preactivation")
         activation = _RELU if layer.activation == "relu" else _NONE
         whole = slice(0, layer.kernel), slice(0, layer.kernel)
-        # In integers the sum of pieces would be coarser than the whole.
-        first, *pieces = rings(layer.kernel) if layer.depthwise and not source.grid else [whole]
+        first, *pieces = rings(layer.kernel) if layer.depthwise else [whole]
         if not pieces:
             self._window(layer, source, weight, bias, first, output, activation)
         else:
@@ -385,14 +384,7 @@ class _Writer:
         name = f"{layer.name}.{part}"
         if self._form.precision != "fp16":
             return self._constant(name, value.astype(np.float32, copy=False))
-        with np.errstate(over="ignore"):
-            half = value.astype(np.float16)
-        if not np.isfinite(half).all():
-            greatest = np.abs(value).max()
-            raise ExportError(
-                f"layer {layer.name} has a {part} of {greatest:.4g}, fp16 ends at 65504: export it in fp32"
-            )
-        constant = self._constant(f"{name}.float16", half)
+        constant = self._constant(f"{name}.float16", half(name, value))
         return self._operator("DEQUANTIZE", [constant], self._value(name, value.shape, None)).index
 
     def _scalar(self, name: str, value: float, source: _Value) -> int:
@@ -453,13 +445,14 @@ class TfliteExporter(Exporter):
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     batches: ClassVar[Literal["one", "fixed", "any"]] = "fixed"
     mixes: ClassVar[bool] = True
+    in_rings: ClassVar[bool] = True
     runtime: ClassVar[str] = "LiteRT"
     packages: ClassVar[tuple[str, ...]] = ("ai-edge-litert",)
     extra: ClassVar[str] = "litert"
 
     def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        pieces = _Writer(tensors, self.form).model(layers)
+        pieces = _Writer(tensors, replace(self.form, keep=self.kept(layers))).model(layers)
         return Artifact(path, self.format, self.precision, write_pieces(path, pieces))
 
     @staticmethod

@@ -15,8 +15,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hwnas.errors import ExportError
-from hwnas.exporters.base import Artifact, Exporter, Input, Run, folded, tensor, write_pieces
+from hwnas.exporters.base import Artifact, Exporter, Input, Run, folded, half, tensor, write_pieces
 from hwnas.layers import Layer
 
 # What torch.export.save writes for our networks. Whatever else torch.export.load finds in a file, it may unpickle.
@@ -59,13 +58,11 @@ class TorchExporter(Exporter):
             else:
                 state |= {name: tensor(tensors, name, shape) for name, shape in layer.tensors.items()}
             plain.append(replace(layer, norm=False, bias=bias is not None) if layer.kind == "conv" else layer)
-        dtype = torch.float32
-        if self.precision == "fp16":
-            _check_half(state)
-            dtype = torch.float16
         network = Network(plain).eval().requires_grad_(False)
-        network.load_state_dict({name: torch.from_numpy(np.float32(value)) for name, value in state.items()})
-        network.to(dtype)
+        is_half = self.precision == "fp16"
+        dtype = torch.float16 if is_half else torch.float32
+        numbers = {name: half(name, value) if is_half else np.float32(value) for name, value in state.items()}
+        network.to(dtype).load_state_dict({name: torch.from_numpy(value) for name, value in numbers.items()})
         pixels = self.form.pixels is not None
 
         class Program(torch.nn.Module):
@@ -101,19 +98,6 @@ class TorchExporter(Exporter):
         """See `Exporter`; refuses files that `torch.export.load` would unpickle, which could run any program."""
         self._explained(path, lambda: _check(path))
         return super().runner(path)
-
-
-def _check_half(state: Mapping[str, NDArray[Any]]) -> None:
-    """Whether the numbers of a network are within the range of half precision.
-
-    Raises:
-        ExportError: one is not.
-    """
-    most = float(np.finfo(np.float16).max)
-    for name, value in state.items():
-        largest = float(np.abs(value).max())
-        if largest > most:
-            raise ExportError(f"{name} reaches {largest:.3g}, and fp16 only {most:g}: export fp32")
 
 
 def _check(path: Path) -> None:
