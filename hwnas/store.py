@@ -280,14 +280,15 @@ class Store(Database):
         with self._connection() as connection:
             rows: Sequence[sa.RowMapping] = connection.execute(query).mappings().all()
         names = [name for name in Evaluation.__slots__ if name not in ("arch", "created")]
-        return [
-            Evaluation(
-                arch=Architecture.from_dict(row["arch"], f"{self.name}: evaluation {row['id']}"),
-                created=datetime.fromisoformat(row["created"]),
-                **{name: row[name] for name in names},
-            )
-            for row in rows
-        ]
+        found = []
+        for row in rows:
+            try:
+                arch = Architecture.from_dict(row["arch"], f"{self.name}: evaluation {row['id']}")
+                created = datetime.fromisoformat(row["created"])
+                found.append(Evaluation(arch=arch, created=created, **{name: row[name] for name in names}))
+            except (ValueError, TypeError) as error:
+                raise InputError(self._damaged(f"evaluation {row['id']}: {error}")) from None
+        return found
 
     def adopt(self, other: Store) -> None:
         """Copy the measurements and evaluations of another database that this one has not.

@@ -252,7 +252,14 @@ def test_damaged_bundles_are_named_and_the_others_shown(run):
     ]  # fmt: skip
     for (name, reason), expected in zip(
         facts,
-        ("size", "resolution", "more than 16,777,216 bytes", "has schema 1", "no item named", "not a zip file"),
+        (
+            "packed by method 12",
+            "resolution",
+            "more than 16,777,216 bytes",
+            "has schema 1",
+            "has no manifest.json",
+            "not a zip",
+        ),
         strict=True,
     ):
         assert expected in reason, (name, reason)

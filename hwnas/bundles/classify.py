@@ -64,5 +64,5 @@ def main(load: Callable[[Path], Run], folder: Path, paths: list[str]) -> None:
     for path in paths:
         with Image.open(path) as image:
             probabilities = softmax(run(preprocess(image, manifest).repeat(batch, axis=0)))[0]
-        best = probabilities.argsort()[::-1][:3]
+        best = (-probabilities).argsort(kind="stable")[:3]
         print(f"{path}: " + ", ".join(f"{manifest['classes'][i]} {probabilities[i]:.1%}" for i in best))

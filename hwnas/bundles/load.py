@@ -8,7 +8,9 @@ import stat
 import tempfile
 import weakref
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -166,16 +168,36 @@ def _opened(image: object) -> Image.Image:
 # -------------------------------------------------------------------- files
 
 
+def manifest_bytes(bundle: Path) -> bytes:
+    """Those of the manifest of a bundle, folder or zip file; nothing else of it is looked at.
+
+    Raises:
+        ExportError: there is none, it is too long, or the zip file is damaged.
+        InputError: the system cannot read it.
+    """
+    try:
+        if bundle.is_dir():
+            with (bundle / MANIFEST).open("rb") as file:
+                content = file.read(MANIFEST_BYTES + 1)
+        else:
+            with _zipped(bundle) as packed, _member(packed, MANIFEST) as file:
+                content = file.read(MANIFEST_BYTES + 1)
+    except (FileNotFoundError, KeyError):
+        raise ExportError(f"{bundle}: is not a bundle of hwnas: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise InputError(f"{bundle}: cannot be read ({error.strerror or error})") from None
+    if len(content) > MANIFEST_BYTES:
+        raise ExportError(f"{bundle}: {MANIFEST} has more than {MANIFEST_BYTES:,} bytes")
+    return content
+
+
 def _check_folder(folder: Path) -> bytes:
     """The bytes of the manifest of a bundle, all of whose files are as it says.
 
     Raises:
         ExportError: one is not, or is missing, or one is there that it does not name.
     """
-    if not (folder / MANIFEST).is_file():
-        raise ExportError(f"{folder}: is not a bundle of hwnas: it has no {MANIFEST}")
-    with (folder / MANIFEST).open("rb") as file:
-        content = _limited(file, MANIFEST_BYTES, str(folder))
+    content = manifest_bytes(folder)
     manifest = read_manifest(content, str(folder))
     _compare_names(manifest, [*_entries(folder, folders(file.name for file in manifest.files))], str(folder))
     for listed in manifest.files:
@@ -193,14 +215,11 @@ def _unpack(path: Path, folder: Path) -> bytes:
     No member's name becomes a path before it has been found in the manifest, whose names lead nowhere else; and no
     more is unpacked than the manifest says.
     """
+    content = manifest_bytes(path)
+    manifest = read_manifest(content, str(path))
     try:
-        with zipfile.ZipFile(path) as packed:
+        with _zipped(path) as packed:
             members = {member.filename: member for member in packed.infolist()}
-            if MANIFEST not in members:
-                raise ExportError(f"{path}: is not a bundle of hwnas: it has no {MANIFEST}")
-            with packed.open(MANIFEST) as file:
-                content = _limited(file, MANIFEST_BYTES, str(path))
-            manifest = read_manifest(content, str(path))
             known = {f"{inside}/" for inside in folders(file.name for file in manifest.files)}
             found = [member.filename for member in packed.infolist() if member.filename not in known]
             _compare_names(manifest, found, str(path))
@@ -209,13 +228,34 @@ def _unpack(path: Path, folder: Path) -> bytes:
                 if stat.S_ISLNK(member.external_attr >> 16):
                     raise ExportError(f"{path}: {listed.name} is no plain file: export the bundle again")
                 (folder / listed.name).parent.mkdir(parents=True, exist_ok=True)
-                with packed.open(member) as file, (folder / listed.name).open("xb") as unpacked:
+                with _member(packed, listed.name) as file, (folder / listed.name).open("xb") as unpacked:
                     _copy(file, listed, str(path), unpacked)
-            return content
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
-        raise ExportError(f"{path}: is not a bundle of hwnas, or a damaged one ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return content
+
+
+@contextmanager
+def _zipped(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip file; what is damaged in it is an `ExportError`."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            yield packed
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError, ValueError) as error:
+        raise ExportError(f"{path}: is not a bundle of hwnas, or a damaged one ({error})") from None
+
+
+def _member(packed: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A member to read in pieces, of which none is larger than asked for.
+
+    Raises:
+        KeyError: there is none of this name.
+        ValueError: it is packed as hwnas does not: zipfile unpacks whole blocks of bzip2 and LZMA, however large.
+    """
+    member = packed.getinfo(name)
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is packed by method {member.compress_type}")
+    return packed.open(member)
 
 
 def _entries(folder: Path, known: set[str], within: str = "") -> Iterator[str]:
@@ -249,10 +289,3 @@ def _copy(file: IO[bytes], listed: File, source: str, to: IO[bytes] | None = Non
             to.write(chunk)
     if size != listed.size_bytes or digest.hexdigest() != listed.sha256:
         raise ExportError(f"{source}: {listed.name} is not the file that was exported: its bytes were changed")
-
-
-def _limited(file: IO[bytes], most: int, source: str) -> bytes:
-    content = file.read(most + 1)
-    if len(content) > most:
-        raise ExportError(f"{source}: {MANIFEST} has more than {most:,} bytes")
-    return content
