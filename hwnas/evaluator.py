@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -175,22 +175,17 @@ class Evaluator:
         stop = threading.Event()
         # The longest first, so that all workers end at about the same time.
         order = sorted(archs, key=lambda arch: -total_macs(self.supernet.lower(arch)))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # of each worker
-        try:
-            with ThreadPoolExecutor(workers, thread_name_prefix="hwnas-evaluate") as pool:
-                futures: dict[Future[tuple[Score, float]], Architecture] = {}
-                try:
-                    for arch in order:
-                        futures[pool.submit(self._timed_score, arch, split, stop)] = arch
-                    for future in as_completed(futures):
-                        yield futures[future], *future.result()
-                except BaseException:  # a failure or Ctrl-C: the children in work end with their next batch
-                    stop.set()
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-        finally:
-            torch.set_num_threads(threads)
+        with _pool(workers) as pool:
+            futures: dict[Future[tuple[Score, float]], Architecture] = {}
+            try:
+                for arch in order:
+                    futures[pool.submit(self._timed_score, arch, split, stop)] = arch
+                for future in as_completed(futures):
+                    yield futures[future], *future.result()
+            except BaseException:  # a failure or Ctrl-C: the children in work end with their next batch
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     @property
     def at_once(self) -> int:
@@ -218,9 +213,15 @@ class Evaluator:
         return calibrate(self.supernet.child(arch), self._calibration_batches(arch.resolution))
 
     def score(self, child: Network, arch: Architecture, split: Split) -> Score:
-        """What a calibrated child gets on a split."""
-        folded = fold(child.layers, child.state_dict())
-        return evaluate(partial(logits, child.layers, folded), self._batches(split, arch.resolution))
+        """What a calibrated child gets on a split, whose batches workers share."""
+        network = partial(logits, child.layers, fold(child.layers, child.state_dict()))
+        found: list[Score] = []
+        with closing(self._batches(split, arch.resolution)) as stream, _pool(self.at_once) as pool:
+            while group := [*islice(stream, self.at_once)]:  # no more than these are in memory
+                found += pool.map(lambda batch: evaluate(network, [batch]), group)
+        count = sum(score.num_images for score in found)
+        correct = sum(round(score.accuracy * score.num_images) for score in found)
+        return Score(correct / count, sum(score.loss * score.num_images for score in found) / count, count)
 
     def images(self, split: Split, resolution: int, count: int) -> Tensor:
         """The first images of a split as network input, (count, channels, resolution, resolution)."""
@@ -258,6 +259,22 @@ class Evaluator:
             spread = torch.arange(num_images) * len(split) // num_images
             self._parts[name, num_images] = split.subset(spread, split.preprocessing)
         return self._parts[name, num_images]
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers of one thread each.
+
+    Torch's own threads share each operation, and wait for each other after it: very long where other programs have the
+    processors. On two busy ones (load 6 to 9) an export took 270 s so, and 5 s on one thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="hwnas-evaluate") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _StoppedError(Exception):

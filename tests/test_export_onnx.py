@@ -202,9 +202,9 @@ def test_float16_is_all_of_it(activation, pixels):
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("stem.conv.weight", 7e4, "stem.weight reaches 7e"),
-        ("stem.norm.bias", -7e4, "stem.bias reaches 7e"),
-        ("classifier.weight", 7e4, "classifier.weight reaches 7e"),
+        ("stem.conv.weight", 7e4, "stem.weight reaches 69999"),
+        ("stem.norm.bias", -7e4, "stem.bias reaches 70000"),
+        ("classifier.weight", 7e4, "classifier.weight reaches 70000"),
         ("classifier.bias", np.nan, "classifier.bias reaches nan"),
         ("stage1.block1.depthwise.range", [-1e5, 1], "the output of stage1.block1.depthwise reaches 100000"),
         ("stem.preactivation.range", [-1, 1e5], "the output of stem.preactivation reaches 100000"),

@@ -207,11 +207,11 @@ def test_fp16_says_which_weight_it_cannot_hold(path):
     layers = lower(tiny_space(), tiny_space().smallest())
     tensors = random_tensors(layers, np.random.default_rng(0))
     tensors["stage1.block1.project.norm.weight"][3] = 1e6
-    with pytest.raises(ExportError, match=r"layer stage1\.block1\.project has a weight of .*: export it in fp32"):
+    with pytest.raises(ExportError, match=r"stage1\.block1\.project\.weight reaches .*: export fp32"):
         TfliteExporter(Form(precision="fp16")).write(layers, tensors, path)
     tensors["stage1.block1.project.norm.weight"][3] = 1
     tensors["classifier.bias"][0] = -7e4
-    with pytest.raises(ExportError, match=r"classifier.bias reaches 70000, and fp16 ends at 65504"):
+    with pytest.raises(ExportError, match=r"classifier\.bias reaches 70000, and fp16 ends at 65504"):
         TfliteExporter(Form(precision="fp16")).write(layers, tensors, path)
     assert not path.exists()
 
@@ -589,3 +589,6 @@ def test_large_depthwise_kernels(name, stride, size, activation, tmp_path):
     ]  # fmt: skip
     writer = exporter(name)
     assert largest_difference(writer, layers, tmp_path / f"model{writer.suffix}") < 1e-5
+    integers = writer.but(precision="int8", keep=frozenset({"wide", "pool", "classes"}))
+    assert integers.kept(layers) == {layer.name for layer in layers}  # in float32 without being asked to
+    assert largest_difference(integers, layers, tmp_path / f"model{writer.suffix}") < 1e-5

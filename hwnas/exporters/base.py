@@ -501,10 +501,12 @@ def half(what: str, values: NDArray[Any]) -> NDArray[np.float16]:
     Raises:
         ExportError: one is beyond its range, or no number.
     """
-    most, limit = np.abs(values).max(initial=0), np.finfo(np.float16).max
-    if not most <= limit:
+    with np.errstate(over="ignore"):
+        rounded = values.astype("<f2")
+    if not np.isfinite(rounded).all():
+        most, limit = np.abs(values).max(), np.finfo(np.float16).max
         raise ExportError(f"{what} reaches {most:.6g}, and fp16 ends at {limit:g}: export fp32")
-    return values.astype("<f2")
+    return rounded
 
 
 def rings(kernel: int) -> Iterator[tuple[slice, slice]]:

@@ -332,13 +332,8 @@ class OnnxExporter(Exporter):
 
     def _write(self, layers: Sequence[Layer], tensors: Mapping[str, NDArray[Any]], path: Path) -> Artifact:
         """See `Exporter`."""
-        graph = _graph(layers, tensors, replace(self.form, precision=self._file_precision))
+        graph = _graph(layers, tensors, replace(self.form, precision=self.file_precision))
         return Artifact(path, self.format, self.precision, write_pieces(path, _encode(*graph)))
-
-    @property
-    def _file_precision(self) -> str:
-        """The name of the file's precision among those of this class."""
-        return self.precision
 
     @staticmethod
     def load(path: Path) -> Run:

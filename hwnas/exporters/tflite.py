@@ -267,17 +267,17 @@ class _Writer:
         output = self._output(layer, shape, source, "" if fused else ".preactivation")
         activation = _RELU if layer.activation == "relu" else _NONE
         whole = slice(0, layer.kernel), slice(0, layer.kernel)
-        first, *pieces = rings(layer.kernel) if layer.depthwise else [whole]
-        if not pieces:
+        first, *others = rings(layer.kernel) if layer.depthwise else [whole]
+        if not others:
             self._window(layer, source, weight, bias, first, output, activation)
         else:
             summed = self._window(layer, source, weight, bias, first, self._value(f"{layer.name}.0", shape, None))
-        for number, piece in enumerate(pieces, 1):
-            part = replace(layer, name=f"{layer.name}.{number}")
-            made = self._window(part, source, weight, None, piece, self._value(part.name, shape, None))
-            last = number == len(pieces)
-            total = output if last else self._value(f"{part.name}.sum", shape, None)
-            summed = self._operator("ADD", [summed.index, made.index], total, activation if last else _NONE)
+            for number, piece in enumerate(others, 1):
+                part = replace(layer, name=f"{layer.name}.{number}")
+                made = self._window(part, source, weight, None, piece, self._value(part.name, shape, None))
+                last = number == len(others)
+                total = output if last else self._value(f"{part.name}.sum", shape, None)
+                summed = self._operator("ADD", [summed.index, made.index], total, activation if last else _NONE)
         return output if fused else self._activation(layer, output)
 
     def _window(
