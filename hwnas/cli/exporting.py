@@ -93,7 +93,8 @@ def _show_bundle(path: object, manifest: dict[str, Any]) -> Table:
         ["accuracy", f"{accuracy['value']:.2%} of {accuracy['num_images']:,} {accuracy['split']} images"
                      f" (in {accuracy['computed_by']})"],
         ["parity", f"logits within {parity['max_abs_diff']:.1e} (correlation {parity['correlation']:.5f}), top class "
-                   f"agrees on {parity['top1_agreement']:.0%} of {parity['num_images']} images"],
+                   f"agrees on {parity['top1_agreement']:.0%} of {parity['num_images']} images"
+                   f" (in {parity['runtime']})"],
         ["latency", ms],
     ]  # fmt: skip
     return table(f"exported: {file['format']}", ["", ""], rows)
