@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from hwnas.evaluator import Evaluator
 from hwnas.exporters.base import Exporter, exporter, random_tensors
 from hwnas.files import parts, write_text
 from hwnas.layers import lower, total_macs
+from hwnas.machine import versions
 from hwnas.measuring.children import choose_children
 from hwnas.measuring.measure import measure
 from hwnas.network import Network
@@ -93,16 +93,6 @@ def digest(chunks: Iterable[Any]) -> str:
     for chunk in chunks:
         total.update(chunk)
     return total.hexdigest()
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def surroundings() -> dict[str, Any]:

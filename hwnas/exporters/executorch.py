@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from hwnas.errors import ExportError
 from hwnas.exporters.base import Artifact, Exporter, Form, Input, Run, folded, half, rings, tensor, write_pieces
+from hwnas.exporters.integers import LOGISTIC, PIXELS, Grid, Integers
 from hwnas.layers import IMAGE, Layer
 
 _BACKEND = "XnnpackBackend"
 _ALIGNMENT = 16  # of constants in the graph's data: CONSTANT_TENSOR_ALIGNMENT of executorch's xnnpack_graph_serialize
 # Between which the units of inputs (Add) or their product (Multiply), over the output's, have to be in XNNPACK.
 _RESCALING = {"Add": (2.0**-10, 2.0**8), "Multiply": (2.0**-16, 2.0**8)}
-# The same of a weight and its layer's input; at least, as the bias of channels that are nothing else would overflow.
-_LEAST, _MOST = 2.0**-20, 2.0**7
+_MOST_MULTIPLIER = 2.0**7  # the same of a weight and its layer's input, at most; see `LEAST_MULTIPLIER`
 _NONE = 2**32 - 1  # xnnpack.h's XNN_INVALID_VALUE_ID
 _EXTERNAL_INPUT, _EXTERNAL_OUTPUT, _KEEP_DIMS = 1, 2, 64  # its flags of these names
 # How torch's pytree writes the structure of `forward(image)`, and of a single tensor as its result.
@@ -40,25 +40,7 @@ _INPUTS = (
 _OUTPUT = '[1, {"type": null, "context": null, "children_spec": []}]'
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """What the integers of a value stand for: `scale * (integer - zero_point)`."""
-
-    scale: float
-    zero_point: int
-    datatype: str = "qint8"
-
-    @classmethod
-    def of(cls, low: float, high: float) -> _Grid:
-        """The finest one that has `low`, 0 and `high`; 0, which pads, is met exactly."""
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32((high - low) / 255)) or 1.0
-        return cls(scale, max(-128, min(127, round(-128 - low / scale))))
-
-
-_Type: TypeAlias = _Grid | Literal["fp32", "fp16"]  # of a value's elements; integers on a grid
-_LOGISTIC = _Grid(1 / 256, -128)  # which XNNPACK demands of a sigmoid
-_PIXELS = _Grid(1.0, 0, "quint8")
+_Type: TypeAlias = Grid | Literal["fp32", "fp16"]  # of a value's elements; integers on a grid
 _INPUT = {"external_id": 0, "flags": _EXTERNAL_INPUT}
 _LOGITS = {"external_id": 1, "flags": _EXTERNAL_OUTPUT}
 
@@ -105,7 +87,7 @@ class _Graph:
             given = self._value((batch, channels, size, size), "fp32", _INPUT)
             self._node("StaticTranspose", image, num_dims=4, perm=[0, 2, 3, 1], input_id=given.number)
         else:
-            given = self._value(image.shape, _PIXELS, _INPUT)
+            given = self._value(image.shape, PIXELS, _INPUT)
             self._node("Convert", image, input_id=given.number)
         maps = {IMAGE: image}
         for layer in layers:
@@ -129,7 +111,7 @@ class _Graph:
 
     def _add(self, layer: Layer, sources: list[_Value]) -> _Value:
         type = self._type(layer.name)
-        if layer.kind == "avg_pool" and isinstance(type, _Grid):
+        if layer.kind == "avg_pool" and isinstance(type, Grid):
             type = "fp32"  # XNNPACK averages no integers
         inputs = [self._read(value, name, type) for name, value in zip(layer.inputs, sources, strict=True)]
         source = inputs[0]
@@ -165,7 +147,7 @@ class _Graph:
         elif activation == "h-sigmoid":  # clamp(x / 6 + 1 / 2, 0, 1): all of it is part of the convolution
             weight, bias = weight / 6, (0 if bias is None else bias) / 6 + np.full(layer.out_channels, 0.5)
             limits = (0.0, 1.0)
-            type = _Grid.of(0, 1) if isinstance(type, _Grid) else type
+            type = Grid.of(0, 1) if isinstance(type, Grid) else type
         in_channels, out_channels = (1, 1) if layer.depthwise else (layer.in_channels, layer.out_channels)
         weight = weight.transpose((1, 2, 3, 0) if layer.depthwise else (0, 2, 3, 1))
         out = self._value(shape, _reachable(type, source, weight))
@@ -194,7 +176,7 @@ class _Graph:
         type = self._type(name)
         if activation == "h-swish":
             return self._node("Hardswish", self._value(shape, type), input_id=out.number)
-        gate = self._value(shape, _LOGISTIC if isinstance(type, _Grid) else type)
+        gate = self._value(shape, LOGISTIC if isinstance(type, Grid) else type)
         self._node("Sigmoid", gate, input_id=out.number)
         return self._pair("Multiply", [out, gate], type) if activation == "swish" else gate
 
@@ -211,8 +193,8 @@ class _Graph:
 
     def _pair(self, kind: str, inputs: list[_Value], type: _Type) -> _Value:
         """The sum or the product of two values; in float32 where XNNPACK refuses their grids beside the output's."""
-        grids = [value.type for value in inputs if isinstance(value.type, _Grid)]
-        if isinstance(type, _Grid):
+        grids = [value.type for value in inputs if isinstance(value.type, Grid)]
+        if isinstance(type, Grid):
             units = [grid.scale for grid in grids] if kind == "Add" else [math.prod(grid.scale for grid in grids)]
             least, most = _RESCALING[kind]
             if not all(least <= unit / type.scale < most for unit in units):
@@ -228,15 +210,15 @@ class _Graph:
             return self._grid(name)
         return "fp16" if self._form.precision == "fp16" else "fp32"
 
-    def _grid(self, name: str) -> _Grid:
+    def _grid(self, name: str) -> Grid:
         """Of the values that a range is given for."""
         low, high = map(float, tensor(self._tensors, f"{name}.range", (2,)))
-        return _Grid.of(low, high)
+        return Grid.of(low, high)
 
     def _read(self, value: _Value, name: str, type: _Type) -> _Value:
         """What a layer of a type computes with: the value `name` in that type, or on its own grid in int8."""
-        if isinstance(type, _Grid):
-            return value if isinstance(value.type, _Grid) else self._as(value, self._grid(name))
+        if isinstance(type, Grid):
+            return value if isinstance(value.type, Grid) else self._as(value, self._grid(name))
         return self._as(value, type)
 
     def _as(self, value: _Value, type: _Type) -> _Value:
@@ -264,22 +246,15 @@ class _Graph:
         self, layer: Layer, weight: NDArray[Any], bias: NDArray[Any] | None, source: _Value, out: _Value
     ) -> dict[str, Any]:
         """The values of a weight, whose output channels come first, or last if it is depthwise, and of a bias."""
-        if not (isinstance(source.type, _Grid) and isinstance(out.type, _Grid)):
+        if not (isinstance(source.type, Grid) and isinstance(out.type, Grid)):
             bias_id = _NONE if bias is None else self._constant(layer, bias, source.type)
             return {"filter_id": self._constant(layer, weight, source.type), "bias_id": bias_id}
         axis = weight.ndim - 1 if layer.depthwise else 0
-        others = tuple(other for other in range(weight.ndim) if other != axis)
-        largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
-        scale = np.maximum(largest / 127, _LEAST * out.type.scale / source.type.scale).astype(np.float32)
-        integers = weight / scale
-        np.rint(integers, out=integers)
-        scale = scale.reshape(-1)
-        units = source.type.scale * scale.astype(np.float64)
-        # XNNPACK wants a bias, zeros if need be.
-        whole = np.zeros(len(units)) if bias is None else np.clip(np.rint(bias / units), -(2**31) + 1, 2**31 - 1)
+        bias = np.zeros(layer.out_channels) if bias is None else bias  # XNNPACK wants one
+        of = Integers.of(weight, bias, axis, source.type, out.type)
         return {
-            "filter_id": self._channelwise("qcint8", integers.astype(np.int8), scale, axis),
-            "bias_id": self._channelwise("qcint32", whole.astype("<i4"), units.astype(np.float32), 0),
+            "filter_id": self._channelwise("qcint8", of.weight, of.scale, axis),
+            "bias_id": self._channelwise("qcint32", of.bias, of.units.astype(np.float32), 0),
         }
 
     def _channelwise(self, datatype: str, integers: NDArray[Any], scale: NDArray[np.float32], axis: int) -> int:
@@ -302,9 +277,10 @@ class _Graph:
         return len(self._offsets) - 1
 
     def _value(self, shape: tuple[int, ...], type: _Type, fields: Mapping[str, int] = {}) -> _Value:
-        if isinstance(type, _Grid):
+        if isinstance(type, Grid):
+            datatype = "qint8" if type.signed else "quint8"
             params = {"scale": type.scale, "zero_point": type.zero_point}
-            return _Value(self._define(shape, type.datatype, fields, ("PerTensorQuant", params)), shape, type)
+            return _Value(self._define(shape, datatype, fields, ("PerTensorQuant", params)), shape, type)
         return _Value(self._define(shape, type, fields), shape, type)
 
     def _define(
@@ -328,9 +304,9 @@ class _Graph:
 
 def _reachable(type: _Type, source: _Value, weight: NDArray[Any]) -> _Type:
     """A grid for what a layer makes of `source`: `type`, or a coarser one where that is too fine for XNNPACK."""
-    if not (isinstance(type, _Grid) and isinstance(source.type, _Grid)):
+    if not (isinstance(type, Grid) and isinstance(source.type, Grid)):
         return type
-    least = source.type.scale * float(np.abs(weight).max()) / 127 / _MOST
+    least = source.type.scale * float(np.abs(weight).max()) / 127 / _MOST_MULTIPLIER
     return type if type.scale >= least else replace(type, scale=least)
 
 

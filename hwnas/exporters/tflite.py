@@ -29,6 +29,7 @@ from hwnas.exporters.base import (
     tensor,
     write_pieces,
 )
+from hwnas.exporters.integers import LOGISTIC, PIXELS, Grid, Integers
 from hwnas.layers import IMAGE, Layer
 
 # Numbers of the schema, https://github.com/google-ai-edge/LiteRT/blob/main/tflite/converter/schema/schema.fbs:
@@ -51,10 +52,6 @@ _OPERATORS = {
 _TYPES = {"float32": 0, "float16": 1, "int32": 2, "uint8": 3, "int8": 9}
 _SAME, _VALID = 0, 1
 _NONE, _RELU, _RELU6 = 0, 1, 3
-
-# The quotient of a convolution's and its output's units, at least: XNNPACK refuses it under 2^-32, and channels that
-# are nothing but their bias would overflow its 32 bits.
-_MIN_MULTIPLIER = 2.0**-20
 
 _Piece: TypeAlias = bytes | memoryview
 
@@ -131,25 +128,7 @@ def _layout(fields: str) -> tuple[struct.Struct, list[tuple[int, int, bool]], by
     return layout, order, struct.pack(f"<{2 + len(fields)}H", 4 + 2 * len(fields), layout.size, *places)
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
-    """What the integers of a tensor stand for: `scale * (integer - zero_point)`."""
-
-    scale: float
-    zero_point: int
-    dtype: str = "int8"
-
-    @classmethod
-    def of(cls, low: float, high: float) -> _Grid:
-        """The finest one of int8 that has `low`, 0 and `high`; 0 is met exactly."""
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32((high - low) / 255)) or 1.0
-        return cls(scale, max(-128, min(127, round(-128 - low / scale))))
-
-
-_LOGISTIC = _Grid(1 / 256, -128)  # demanded of that operator's output
-_PIXELS = _Grid(1.0, 0, "uint8")
-_TO_ONE, _TO_SIX = _Grid.of(0, 1), _Grid.of(0, 6)
+_TO_ONE, _TO_SIX = Grid.of(0, 1), Grid.of(0, 6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +137,13 @@ class _Value:
 
     index: int
     shape: tuple[int, ...]
-    grid: _Grid | None
+    grid: Grid | None
+
+
+def _type(grid: Grid | None) -> str:
+    if grid is None:
+        return "float32"
+    return "int8" if grid.signed else "uint8"
 
 
 class _Writer:
@@ -191,7 +176,7 @@ class _Writer:
         """The file of a network, piece by piece."""
         first, last = layers[0], layers[-1]
         shape = (self._batch, first.in_size, first.in_size, first.in_channels)
-        image = self._made[IMAGE] = self._value(IMAGE, shape, _PIXELS if self._form.pixels else None)
+        image = self._made[IMAGE] = self._value(IMAGE, shape, PIXELS if self._form.pixels else None)
         int8 = self._form.precision == "int8"
         kept = self._kept(layers)
         for layer in layers:
@@ -221,7 +206,7 @@ class _Writer:
     def _converted(self, name: str, dtype: str) -> _Value:
         """What a layer puts out, in int8 or float32."""
         value = self._made[name]
-        if dtype == (value.grid.dtype if value.grid else "float32"):
+        if dtype == (_type(value.grid)):
             return value
         converted = f"{name}.{dtype}"
         if converted not in self._made:
@@ -325,7 +310,7 @@ class _Writer:
 
     def _gate(self, kind: str, source: _Value, name: str) -> _Value:
         if kind == "sigmoid":
-            gate = self._value(name, source.shape, _LOGISTIC if source.grid else None)
+            gate = self._value(name, source.shape, LOGISTIC if source.grid else None)
             return self._operator("LOGISTIC", [source.index], gate)
         sixfold = self._value(f"{name}.sixfold", source.shape, _TO_SIX if source.grid else None)
         self._operator("ADD", [source.index, self._scalar("three", 3, source)], sixfold, _RELU6)
@@ -334,21 +319,21 @@ class _Writer:
 
     # ------------------------------------------------------------ tensors
 
-    def _grid(self, name: str) -> _Grid:
+    def _grid(self, name: str) -> Grid:
         """Of the values that a range is given for."""
         low, high = map(float, tensor(self._tensors, f"{name}.range", (2,)))
-        return _Grid.of(low, high)
+        return Grid.of(low, high)
 
     def _output(self, layer: Layer, shape: tuple[int, ...], source: _Value, part: str = "") -> _Value:
         """Of integers if the source is."""
         name = f"{layer.name}{part}"
         return self._value(name, shape, self._grid(name) if source.grid else None)
 
-    def _value(self, name: str, shape: tuple[int, ...], grid: _Grid | None) -> _Value:
+    def _value(self, name: str, shape: tuple[int, ...], grid: Grid | None) -> _Value:
         if grid is None:
             return _Value(self._tensor(name, shape, "float32"), shape, None)
         quantised = self._quantised(np.array([grid.scale]), grid.zero_point)
-        return _Value(self._tensor(name, shape, grid.dtype, quantised=quantised), shape, grid)
+        return _Value(self._tensor(name, shape, _type(grid), quantised=quantised), shape, grid)
 
     def _weights(
         self,
@@ -366,17 +351,10 @@ class _Writer:
         if source.grid is None or output.grid is None:
             return self._floats(layer, "weight", weight), self._floats(layer, "bias", bias)
         axis = 3 if layer.depthwise else 0  # of the output channels
-        others = tuple(other for other in range(weight.ndim) if other != axis) if per_channel else None
-        largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
-        least = _MIN_MULTIPLIER * output.grid.scale / source.grid.scale
-        scale = np.maximum(largest / 127, least).astype(np.float32)
-        numbers = weight / scale
-        np.rint(numbers, out=numbers)
-        units = source.grid.scale * scale.reshape(-1).astype(np.float64)
-        whole = np.clip(np.rint(bias / units), -(2**31) + 1, 2**31 - 1)
+        of = Integers.of(weight, bias, axis if per_channel else None, source.grid, output.grid)
         return (
-            self._constant(f"{name}.weight", numbers.astype(np.int8), self._quantised(scale.reshape(-1), 0, axis)),
-            self._constant(f"{name}.bias", whole.astype(np.int32), self._quantised(units, 0)),
+            self._constant(f"{name}.weight", of.weight, self._quantised(of.scale, 0, axis)),
+            self._constant(f"{name}.bias", of.bias, self._quantised(of.units, 0)),
         )
 
     def _floats(self, layer: Layer, part: str, value: NDArray[Any]) -> int:
