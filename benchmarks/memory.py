@@ -7,8 +7,9 @@ tell. LiteRT's planner then gives every feature map its place in one arena; wher
 and the arena's extent is compared with `peak_activation_bytes`. The planner is LiteRT's alone: nothing of the file says
 what lives when.
 
-LiteRT differs from what the layers alone tell in three ways, and the comparison is also made with these: it keeps the
-image to the end, h-swish is an operator of its own, and the symmetric padding of convolutions of stride 2 is one, too.
+LiteRT differs from what the layers alone tell in four ways, and the comparison is also made with these: it keeps the
+image to the end, h-swish is an operator of its own, the symmetric padding of convolutions of stride 2 is one, too, and
+large depthwise kernels are written in pieces.
 
 The last column is how many architectures a second `LayerPeaks` costs from their genes, the median of 7 batches.
 """
@@ -28,7 +29,7 @@ from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from environment import heading
 from scipy.stats import spearmanr
 
-from hwnas.exporters.base import exporter, write_random
+from hwnas.exporters.base import exporter, rings, write_random
 from hwnas.layers import IMAGE, Layer, LayerPeaks, lower, peak_activation_bytes
 from hwnas.space import Activation, SearchSpace
 
@@ -57,25 +58,30 @@ LITERT_SPARE: dict[Activation, int] = {"swish": 1, "h-swish": 1}
 
 
 def as_litert(layers: Sequence[Layer]) -> list[Layer]:
-    """The same with paddings as layers, where TFLite's SAME is not symmetric, and the image read at the end."""
+    """The same with paddings and pieces of large kernels as layers, and the image read at the end."""
     found: list[Layer] = []
     for layer in layers:
-        total = max(0, (layer.out_size - 1) * layer.stride + layer.kernel - layer.in_size)
-        if layer.kind == "conv" and layer.kernel // 2 != total // 2:
-            size, channels = layer.in_size + total, layer.in_channels
-            name = f"{layer.name}.padded"
-            found.append(
-                Layer(
-                    name=name,
+        spans = [max(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in rings(layer.kernel)]
+        spans = spans if layer.depthwise else [layer.kernel]
+        sums: tuple[str, ...] = ()  # of the pieces so far: every next one is added in place
+        for number, span in enumerate(spans, 1):
+            name = layer.name if number == len(spans) else f"{layer.name}.{number}"
+            piece = replace(layer, name=name, inputs=(*layer.inputs, *sums), activation=None)
+            total = max(0, (layer.out_size - 1) * layer.stride + span - layer.in_size)
+            if layer.kind == "conv" and span // 2 != total // 2:
+                size, channels = layer.in_size + total, layer.in_channels
+                padded = Layer(
+                    name=f"{name}.padded",
                     kind="add",
                     inputs=layer.inputs,
                     in_channels=channels,
                     out_channels=channels,
                     in_size=size,
                 )
-            )
-            layer = replace(layer, inputs=(name,))
-        found.append(layer)
+                found.append(padded)
+                piece = replace(piece, inputs=(padded.name, *sums))
+            found.append(replace(piece, activation=layer.activation) if name == layer.name else piece)
+            sums = (name,)
     return [*found[:-1], replace(found[-1], inputs=(*found[-1].inputs, IMAGE))]
 
 
@@ -117,7 +123,7 @@ if __name__ == "__main__":
     )
     lines += [
         "Ratio: LiteRT's arena over `peak_activation_bytes`, median (least to greatest). As LiteRT: with the image",
-        "kept, paddings and h-swish as operators of their own.",
+        "kept, paddings, h-swish and pieces of large kernels as operators of their own.",
         "",
         "| space | children | arena, MB | Spearman | ratio | Spearman, as LiteRT | ratio, as LiteRT | a second |",
         "|---|---|---|---|---|---|---|---|",

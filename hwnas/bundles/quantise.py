@@ -77,7 +77,7 @@ def within_drop(
         The exporter and the accuracy of its file.
 
     Raises:
-        ExportError: all of it in int8 loses too much, and the format cannot keep layers in float32.
+        ExportError: the file loses too much, and it is none of int8, or of a format that cannot keep layers in float32.
     """
     with TemporaryDirectory() as folder:
 
@@ -93,7 +93,7 @@ def within_drop(
             raise ExportError(
                 f"the {whole.precision} {whole.format} file has a validation accuracy of {found:.2%}, under "
                 f"the {least:.2%} that --max-accuracy-drop allows, and such files cannot keep layers in float32: "
-                "nothing was written; allow more, or export int8 to onnx"
+                "nothing was written; allow more, or export fp32"
             )
 
         with torch.inference_mode():
