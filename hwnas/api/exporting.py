@@ -71,7 +71,8 @@ def export(
         result: name of a search result (`cpu-0.2ms`), whose best child is exported; by default the last search's.
         arch: a child of your own in its place: an architecture, `smallest`, `biggest`, or a file.
         device: where to measure the file; by default the search's device, if it takes such files and can be reached.
-        output: the bundle: a folder, or a zip file if it ends in `.zip`; by default `exports/<name>` in the run.
+        output: the bundle: a folder, or a zip file if it ends in `.zip`; by default in the run's `exports`, by the name
+            of the result, the format, and what of its form is not usual.
         batch: images that one call of the file takes; `any` for any number, where the format can.
         pixels: whether the file takes pixels (bytes, NHWC, where the format has them) and normalises them itself.
         num_parity_images: test images to compare logits on.
@@ -174,7 +175,8 @@ def export_all(
             _check_installed(writer)
         if asked and target_device is not None:
             _check_taken(target_device, exporters)
-        suffix = "" if precision == "fp32" else f"-{precision}"
+        kind = {precision: precision != "fp32", f"batch-{batch}": batch != 1, "pixels": pixels}
+        suffix = "".join(f"-{word}" for word, told in kind.items() if told)
         targets = [opened.path / "exports" / f"{name}-{format}{suffix}" for format in formats]
         if output is not None:
             several = len(formats) > 1
