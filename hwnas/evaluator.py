@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -215,13 +215,14 @@ class Evaluator:
     def score(self, child: Network, arch: Architecture, split: Split) -> Score:
         """What a calibrated child gets on a split, whose batches workers share."""
         network = partial(logits, child.layers, fold(child.layers, child.state_dict()))
-        found: list[Score] = []
-        with closing(self._batches(split, arch.resolution)) as stream, _pool(self.at_once) as pool:
-            while group := [*islice(stream, self.at_once)]:  # no more than these are in memory
-                found += pool.map(lambda batch: evaluate(network, [batch]), group)
-        count = sum(score.num_images for score in found)
-        correct = sum(round(score.accuracy * score.num_images) for score in found)
-        return Score(correct / count, sum(score.loss * score.num_images for score in found) / count, count)
+        workers = self.at_once
+        with closing(self._batches(split, arch.resolution)) as stream, _pool(workers) as pool:
+
+            def each(function: Callable[[T], Any], items: Iterator[T]) -> Iterator[Any]:
+                while group := [*islice(items, workers)]:  # no more than these are in memory
+                    yield from pool.map(function, group)
+
+            return evaluate(network, stream, each)
 
     def images(self, split: Split, resolution: int, count: int) -> Tensor:
         """The first images of a split as network input, (count, channels, resolution, resolution)."""

@@ -169,6 +169,7 @@ def export_all(
         if precision is None:
             taken = target_device is not None and target_device.accepts in formats
             precision = target_device.file_precision if taken and target_device is not None else "fp32"
+        # Whether the formats can do that is told before the data is opened, which has the mean and std of pixels.
         num_images, some = None if batch == "any" else batch, Pixels((), ()) if pixels else None
         exporters = [exporter(format, precision, batch=num_images, pixels=some) for format in formats]
         for writer in exporters:
@@ -188,8 +189,9 @@ def export_all(
         made = []
         for plain, target in zip(exporters, targets, strict=True):
             writer, accuracy = job.accurate(plain.but(pixels=job.pixels) if pixels else plain)
-            bench, why = target_device, None
-            if bench is not None and (why := writer.misfit(bench.accepts, bench.file_precision)) is not None:
+            bench = target_device
+            why = bench and writer.misfit(bench.accepts, bench.file_precision)
+            if bench is not None and why is not None:
                 notice(f"the {precision} {writer.format} file is not measured: device {bench.name!r} {why}")
                 bench = None
             about = job.about(writer, accuracy, bench, must=asked)

@@ -42,6 +42,7 @@ def card(manifest: Manifest, front: Front | None, install: str) -> str:
     m, how = manifest, manifest.preprocessing
     shorter = f"shorter side to {how.shorter_side}, centre of" if how.shorter_side is not None else "whole image to"
     final = "" if how.size == how.resolution else f", then to {how.resolution} x {how.resolution}"
+    inside = ", the last step in the file itself" if m.input.values == "pixels" else ""
     rows = [
         ("file", f"`{m.file.name}`, {m.file.format}, {m.file.precision}, {m.file.size_bytes:,} bytes"),
         ("accuracy", f"{m.accuracy.value:.2%} of {m.accuracy.num_images:,} {m.accuracy.split} images"
@@ -53,14 +54,11 @@ def card(manifest: Manifest, front: Front | None, install: str) -> str:
         ("input", f"`{m.input.name}`, {m.input.dtype} {m.input.layout} {_shape(m.input.shape)}, "
                   f"{m.input.values}"),
         ("preprocessing", f"{'grey' if how.channels == 1 else 'RGB'}; {shorter} {how.size} x {how.size}{final}, "
-                          f"bicubic; (pixel / 255 - {list(how.mean)}) / {list(how.std)}"),
+                          f"bicubic; (pixel / 255 - {list(how.mean)}) / {list(how.std)}{inside}"),
         ("output", f"`{m.output.name}`, {m.output.shape[1]} logits"),
         ("trained on", str(m.training.get("data", "?"))),
         ("limits", "; ".join(_limit(limit) for limit in m.limits) or "none"),
     ]  # fmt: skip
-    if m.input.values == "pixels":
-        rows = [(name, f"{text}, the last step in the file itself" if name == "preprocessing" else text)
-                for name, text in rows]  # fmt: skip
     if m.file.float32_layers:
         rows.insert(1, ("kept in float32", ", ".join(m.file.float32_layers)))
     shown = ", ".join(m.classes[:20]) + (f", ... ({len(m.classes)} in all)" if len(m.classes) > 20 else "")

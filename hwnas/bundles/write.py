@@ -194,7 +194,7 @@ def _file(path: Path, folder: Path) -> File:
 
 def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Parity, told: About) -> Manifest:
     first, last, folder = child.layers[0], child.layers[-1], artifact.path.parent
-    files = _files(*parts(artifact.path))
+    files, kept = _files(*parts(artifact.path)), exporter.kept(child.layers)
     if len(told.classes) != last.out_channels:
         raise InputError(
             f"the network has {last.out_channels} classes, but the data has {len(told.classes)}: export with the data "
@@ -212,7 +212,7 @@ def _manifest(child: Network, exporter: Exporter, artifact: Artifact, parity: Pa
             parts=tuple(_name(path, folder) for path in files),
             format=artifact.format,
             precision=artifact.precision,
-            float32_layers=tuple(layer.name for layer in child.layers if layer.name in exporter.kept(child.layers)),
+            float32_layers=tuple(layer.name for layer in child.layers if layer.name in kept),
             size_bytes=sum(path.stat().st_size for path in files),
         ),
         input=Input(

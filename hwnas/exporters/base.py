@@ -353,7 +353,7 @@ class Exporter(ABC):
         Raises:
             ExportError: the runtime is missing, or refuses the file.
         """
-        run = self._explained(path, lambda: self.load(path))
+        run = self._explained(path, lambda: self._open(path))
 
         def infer(images: NDArray[np.float32]) -> NDArray[np.float32]:
             inputs = images if self.form.pixels is None else self.form.pixels.of(images)
@@ -368,6 +368,10 @@ class Exporter(ABC):
             return self._explained(path, lambda: np.concatenate([run(chunk) for chunk in chunks])[: len(images)])
 
         return infer
+
+    def _open(self, path: Path) -> Run:
+        """`load`, or what does the same where the runtime cannot be; it may look through the file first."""
+        return self.load(path)
 
     def infer(self, path: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run a file in the format's own runtime on this machine.

@@ -314,20 +314,9 @@ class CoremlExporter(Exporter):
 
         return run
 
-    def runner(self, path: Path) -> Run:
+    def _open(self, path: Path) -> Run:
         """See `Exporter`; where there is no Core ML, the interpreter of `hwnas.exporters.mil`."""
-        return super().runner(path) if sys.platform == "darwin" else _Interpreted(self.form).runner(path)
-
-
-class _Interpreted(CoremlExporter):
-    """Runs packages without Core ML."""
-
-    @staticmethod
-    def load(path: Path) -> Run:
-        return mil.interpreter(path)
-
-    def runner(self, path: Path) -> Run:
-        return Exporter.runner(self, path)
+        return self.load(path) if sys.platform == "darwin" else mil.interpreter(path)
 
 
 def _hashed(pieces: Any, digest: Any) -> Iterator[bytes | memoryview]:

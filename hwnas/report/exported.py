@@ -16,8 +16,8 @@ def exported(folder: Path) -> Iterator[tuple[str, tuple[Manifest, Architecture] 
     for path in sorted(folder.glob("*")):
         if (path / MANIFEST).is_file() or (path.suffix == ".zip" and path.is_file()):
             try:
-                manifest = read_manifest(manifest_bytes(path), path.name)
-                source = f"{path.name}: {MANIFEST}: architecture"
+                manifest = read_manifest(manifest_bytes(path), str(path))
+                source = f"{path}: {MANIFEST}: architecture"
                 yield path.name, (manifest, Architecture.from_dict(manifest.architecture, source))
             except (ExportError, InputError) as error:
-                yield path.name, str(error).removeprefix(f"{path}: ").removeprefix(f"{path.name}: ")
+                yield path.name, str(error).removeprefix(f"{path}: ")
