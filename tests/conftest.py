@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,3 +33,25 @@ def _one_thread() -> None:
     """Also after a test that changed torch's threads, and whatever the environment says."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def quantised() -> tuple[Any, ...]:
+    """A network, its tensors with ranges, images, and a stand-in for accuracy, as it was never trained."""
+    import torch
+
+    from hwnas.bundles.parity import correlation
+    from hwnas.layers import lower
+    from hwnas.testing import random_images, tensors_with_ranges, tiny_space, trained_network
+
+    space = tiny_space()
+    network = trained_network(lower(space, space.largest()))
+    tensors = tensors_with_ranges(network.layers, network, random_images(network.layers, 16, seed=0))
+    images = random_images(network.layers, 64, seed=1)
+    expected = network(torch.from_numpy(images)).numpy()
+
+    def accuracy(writer: Any, path: Path) -> float:
+        found = writer.infer(path, images)
+        return correlation(found - found.mean(0), expected - expected.mean(0))
+
+    return network, tensors, images, accuracy

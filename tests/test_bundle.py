@@ -820,22 +820,6 @@ def test_ranges_are_those_of_the_values():
     assert all(halves[key][1] <= value[1] + 1e-6 for key, value in found.items())
 
 
-@pytest.fixture(scope="module")
-def quantised():
-    """A network, its tensors with ranges, images, and a stand-in for accuracy, as it was never trained."""
-    space = tiny_space()
-    network = trained_network(lower(space, space.largest()))
-    tensors = tensors_with_ranges(network.layers, network, random_images(network.layers, 16, seed=0))
-    images = random_images(network.layers, 64, seed=1)
-    expected = network(torch.from_numpy(images)).numpy()
-
-    def accuracy(writer, path):
-        found = writer.infer(path, images)
-        return correlation(found - found.mean(0), expected - expected.mean(0))
-
-    return network, tensors, images, accuracy
-
-
 @pytest.mark.parametrize("precision", ["int8", "int8-symmetric"])
 def test_kept_layers_compute_in_float(quantised, precision, tmp_path):
     """The more of them, the closer; all of them is the network itself."""

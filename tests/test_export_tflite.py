@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from hwnas.bundles.parity import Parity, correlation
+from hwnas.bundles.parity import Parity
 from hwnas.bundles.quantise import within_drop
 from hwnas.devices import load_device
 from hwnas.errors import ExportError, InputError
@@ -410,22 +410,6 @@ def test_int8_needs_ranges(path):
 
 
 # -------------------------------------------------------------------- int8 with layers in float32
-
-
-@pytest.fixture(scope="module")
-def quantised():
-    """A network, its tensors with ranges, images, and a stand-in for accuracy, as it was never trained."""
-    space = tiny_space()
-    network = trained_network(lower(space, space.largest()))
-    tensors = tensors_with_ranges(network.layers, network, random_images(network.layers, 16, seed=0))
-    images = random_images(network.layers, 64, seed=1)
-    expected = network(torch.from_numpy(images)).numpy()
-
-    def accuracy(writer, path):
-        found = writer.infer(path, images)
-        return correlation(found - found.mean(0), expected - expected.mean(0))
-
-    return network, tensors, images, accuracy
 
 
 @pytest.mark.parametrize("what", ["normalised", "pixels"])
