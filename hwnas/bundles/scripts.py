@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shlex
+from collections.abc import Iterable
 from importlib.resources import files
 from textwrap import dedent
 
@@ -134,8 +135,6 @@ BATCHES_SH = """\
 """
 USUAL_BATCH, MAX_BATCH = 8, 32
 
-SNIPPETS = {"ncnn": ("run.cc", RUN_CC), "tflite": ("run.kt", RUN_KT)}
-
 
 def scripts(manifest: Manifest, exporter: Exporter) -> dict[str, str]:
     """The programs of a bundle, by the names of their files.
@@ -157,8 +156,8 @@ def scripts(manifest: Manifest, exporter: Exporter) -> dict[str, str]:
     end = 'if __name__ == "__main__":\n    main(load, Path(__file__).parent, sys.argv[1:])\n'
     made = {"run.py": "\n\n".join([RUN_PY.format(**what) + shared.rstrip() + "\n", load, end])}
     if manifest.file.format in SNIPPETS and manifest.input.shape[0] == 1:  # they classify an image at a time
-        name, template = SNIPPETS[manifest.file.format]
-        made[name] = template.format(**what, **_constants(manifest))
+        name, template, constants = SNIPPETS[manifest.file.format]
+        made[name] = template.format(**what, **_constants(manifest), **constants(manifest))
     if manifest.file.format == "tensorrt":
         made["build.sh"] = BUILD_SH.format(**{**what, **_builds(manifest)})
     return made
@@ -198,27 +197,44 @@ def _builds(manifest: Manifest) -> dict[str, str]:
 
 
 def _constants(manifest: Manifest) -> dict[str, object]:
+    """What all snippets are made of."""
     how = manifest.preprocessing
-    numbers = {
-        "mean": how.mean if manifest.file.format == "tflite" else [255 * value for value in how.mean],
-        "norm": [1 / (255 * value) for value in how.std],
-        "std": how.std,
-    }
-    suffix = "f" if manifest.file.format == "tflite" else ""  # 102f is a float in Kotlin, and an error in C++
-    lists = {name: ", ".join(f"{value:.9g}{suffix}" for value in values) for name, values in numbers.items()}
-    constants: dict[str, object] = {
+    return {
         "size": how.resolution,
         "channels": how.channels,
-        "num_pixels": how.resolution**2 * how.channels,
-        "bytes": 1 if manifest.input.dtype == "uint8" else 4,
         "order": "grey" if how.channels == 1 else "red, green, blue",
-        "pixel": "PIXEL_GRAY" if how.channels == 1 else "PIXEL_RGB",
-        "num_classes": len(manifest.classes),
-        "classes": ", ".join(json.dumps(name, ensure_ascii=False) for name in manifest.classes),  # also C++
-        "weights": next((part for part in manifest.file.parts if part != manifest.file.name), ""),
         "input": manifest.input.name,
         "output": manifest.output.name,
-        "normalise": "" if manifest.input.values == "pixels" else NORMALISE_CC.format(**lists),
-        **lists,
     }
-    return {**constants, "fill": FILL_KT[manifest.input.values].format(**constants)}
+
+
+def _cc(manifest: Manifest) -> dict[str, object]:
+    """What a C++ snippet is made of beside that, which normalises bytes."""
+    how = manifest.preprocessing
+    mean = _numbers(255 * value for value in how.mean)
+    norm = _numbers(1 / (255 * value) for value in how.std)
+    return {
+        "pixel": "PIXEL_GRAY" if how.channels == 1 else "PIXEL_RGB",
+        "classes": ", ".join(json.dumps(name, ensure_ascii=False) for name in manifest.classes),  # also C++
+        "weights": next(part for part in manifest.file.parts if part != manifest.file.name),
+        "normalise": "" if manifest.input.values == "pixels" else NORMALISE_CC.format(mean=mean, norm=norm),
+    }
+
+
+def _kt(manifest: Manifest) -> dict[str, object]:
+    """What a Kotlin snippet is made of beside that."""
+    how = manifest.preprocessing
+    mean, std = (_numbers(values, "f") for values in (how.mean, how.std))
+    return {
+        "num_pixels": how.resolution**2 * how.channels,
+        "bytes": 1 if manifest.input.dtype == "uint8" else 4,
+        "num_classes": len(manifest.classes),
+        "fill": FILL_KT[manifest.input.values].format(mean=mean, std=std, channels=how.channels),
+    }
+
+
+def _numbers(values: Iterable[float], suffix: str = "") -> str:
+    return ", ".join(f"{value:.9g}{suffix}" for value in values)
+
+
+SNIPPETS = {"ncnn": ("run.cc", RUN_CC, _cc), "tflite": ("run.kt", RUN_KT, _kt)}
