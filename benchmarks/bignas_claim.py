@@ -1,10 +1,11 @@
 """BigNAS's claim, on Fashion-MNIST: children cut out of one supernet are as good as those trained by themselves.
 
 For five children across the range: cut from the supernet, against the same child trained alone from scratch with the
-same recipe, data and number of epochs, over several seeds; and each ingredient of BigNAS left out in turn. Every
-training keeps its checkpoints in --folder, so the benchmark goes on where it was interrupted.
+same recipe, data and number of epochs, over several seeds and in trainings of several lengths; and each ingredient
+changed in turn, in trainings of the first length. Every training keeps its checkpoints in --folder, so the benchmark
+goes on where it was interrupted.
 
-    python benchmarks/bignas_claim.py --folder /tmp/claim --epochs 2 --seeds 3 --workers 2
+    python benchmarks/bignas_claim.py --folder /tmp/claim --epochs 2 8 --seeds 3 2 --workers 2
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from environment import heading
 
 from hwnas.calibrate import evaluate
-from hwnas.data import Dataset, batches, load_dataset
+from hwnas.data import batches, load_dataset
 from hwnas.evaluator import Evaluator
 from hwnas.files import write_text
 from hwnas.layers import lower, total_macs
@@ -70,48 +72,61 @@ def alone(space: SearchSpace, arch: Architecture) -> SearchSpace:
 
 
 def ablations(config: TrainConfig) -> dict[str, TrainConfig]:
+    bignas = replace(config, schedule="exponential", final_lr=0.05)
     return {
         "without the sandwich rule (4 random children, labels)": replace(
             config, children=("random",) * 4, distillation="none"
         ),
         "without distillation (all from labels)": replace(config, distillation="none"),
-        "without gamma-zero": replace(config, gamma_zero=False),
-        "without the constant ending": replace(config, final_lr=0.0),
+        "with gamma-zero": replace(config, gamma_zero=True),
+        "BigNAS's schedule, constant at 5% in the end": bignas,
+        "the same without the constant ending": replace(bignas, final_lr=0.0),
+        "weight decay 1e-5, as BigNAS": replace(config, weight_decay=1e-5),
         "regularising every child": replace(config, others=config.biggest),
     }
 
 
-def jobs(space: SearchSpace, config: TrainConfig, seeds: int) -> Iterator[Job]:
-    children = {name: at(space, position) for name, position in POSITIONS.items()}
-
-    def supernet(name: str, config: TrainConfig) -> Job:
-        return Job(f"{name}, seed {config.seed}", space, config, children)
-
-    def single(name: str, seed: int) -> Job:
-        own = alone(space, children[name])
-        lone = replace(config, seed=seed, children=("biggest",), distillation="none")
-        return Job(f"alone: {name}, seed {seed}", own, lone, {name: children[name]})
-
-    for seed in range(seeds):
-        yield supernet(FULL, replace(config, seed=seed))
-        yield from (single(name, seed) for name in children)
-        if seed == 0:
-            yield from (supernet(name, changed) for name, changed in ablations(config).items())
+def supernet_job(space: SearchSpace, name: str, config: TrainConfig) -> Job:
+    return Job(titled(name, config), space, config, children_of(space))
 
 
-def run(job: Job, data: Dataset, folder: Path) -> dict[str, float]:
+def single_job(space: SearchSpace, name: str, config: TrainConfig) -> Job:
+    arch = children_of(space)[name]
+    lone = replace(config, children=("biggest",), distillation="none")
+    return Job(titled(f"alone: {name}", config), alone(space, arch), lone, {name: arch})
+
+
+def titled(name: str, config: TrainConfig) -> str:
+    return f"{name}, {config.epochs:g} epochs, seed {config.seed}"
+
+
+def children_of(space: SearchSpace) -> dict[str, Architecture]:
+    return {name: at(space, position) for name, position in POSITIONS.items()}
+
+
+def jobs(space: SearchSpace, configs: list[TrainConfig]) -> Iterator[Job]:
+    """The longest first, so that all workers end at about the same time; of `configs`, the first has ablations."""
+    for config in sorted(configs, key=lambda config: -config.epochs):
+        yield supernet_job(space, FULL, config)
+    yield from (supernet_job(space, name, changed) for name, changed in ablations(configs[0]).items())
+    for config in sorted(configs, key=lambda config: -config.epochs):
+        yield from (single_job(space, name, config) for name in reversed(POSITIONS))
+
+
+def run(job: Job, folder: Path) -> dict[str, float]:
     """Test accuracies of the job's children; trained and evaluated only if that was not done before."""
+    torch.set_num_threads(1)
     here = folder / job.name.replace(" ", "_").replace(":", "")
     result = here / "result.json"
     if result.is_file():
         return json.loads(result.read_text())
     started = time.monotonic()
+    data = load_dataset("fashion-mnist", cache=folder / "cache", notice=print)
     with reporting(job.name) as (report,):
         supernet = Trainer(job.space, data, job.config, here, print).run(report)
-    evaluator = Evaluator(supernet, data)
-    found = {
-        name: evaluator.score(evaluator.child(arch), arch, data.test).accuracy for name, arch in job.children.items()
-    }
+    evaluator = Evaluator(supernet, data, workers=1)
+    scores = evaluator.scores(list(job.children.values()), "test")
+    found = dict(zip(job.children, (score.accuracy for score in scores), strict=True))
     if job.name.startswith(FULL):
         for name, arch in job.children.items():
             found[f"{name} uncalibrated"] = carried_over(evaluator, supernet, arch)
@@ -132,37 +147,51 @@ def carried_over(evaluator: Evaluator, supernet: Supernet, arch: Architecture) -
         return evaluate(child, batches(evaluator.data.test, 256, arch.resolution)).accuracy
 
 
-def report(space: SearchSpace, found: dict[str, dict[str, float]], seeds: int, config: TrainConfig) -> str:
+def report(space: SearchSpace, found: dict[str, dict[str, float]], configs: list[TrainConfig]) -> list[str]:
     """The tables, in Markdown."""
-    children = {name: at(space, position) for name, position in POSITIONS.items()}
-    lines = [
-        f"{config.epochs:g} epochs of the `short` recipe with gamma-zero; test accuracy in %, mean ± standard "
-        f"deviation of {seeds} seeds.",
-        "",
-        "| child | MMACs | from the supernet | alone, from scratch | difference |",
-        "|---|---|---|---|---|",
-    ]
-    for name, arch in children.items():
-        cut = [100 * found[f"{FULL}, seed {seed}"][name] for seed in range(seeds)]
-        own = [100 * found[f"alone: {name}, seed {seed}"][name] for seed in range(seeds)]
-        macs = total_macs(lower(space, arch)) / 1e6
-        difference = statistics.mean(cut) - statistics.mean(own)
-        lines.append(f"| {name} | {macs:.2f} | {spread(cut)} | {spread(own)} | {difference:+.2f} |")
+    children = children_of(space)
+    lines: list[str] = []
+    for length, group in by_length(configs).items():
+        lines += [
+            f"{length:g} epochs of the `short` recipe; test accuracy in %, mean ± standard deviation of "
+            f"{len(group)} seed{'s' if len(group) > 1 else ''}:",
+            "",
+            "| child | MMACs | from the supernet | alone, from scratch | difference |",
+            "|---|---|---|---|---|",
+        ]
+        for name, arch in children.items():
+            cut, own = accuracies(found, name, group)
+            macs = total_macs(lower(space, arch)) / 1e6
+            difference = statistics.mean(cut) - statistics.mean(own)
+            lines.append(f"| {name} | {macs:.2f} | {spread(cut)} | {spread(own)} | {difference:+.2f} |")
+        lines.append("")
+    first = configs[0]
     lines += [
-        "",
-        "Ingredients left out in turn (seed 0), test accuracy in %:",
+        f"Ingredients changed in turn ({first.epochs:g} epochs, seed {first.seed}), test accuracy in %:",
         "",
         f"| | {' | '.join(children)} | mean |",
         f"|---|{'---|' * (len(children) + 1)}",
     ]
-    rows = {FULL: found[f"{FULL}, seed 0"]}
-    rows |= {name: found[f"{name}, seed 0"] for name in ablations(config)}
-    base = found[f"{FULL}, seed 0"]
+    base = found[titled(FULL, first)]
+    rows = {FULL: base} | {name: found[titled(name, first)] for name in ablations(first)}
     rows["without calibration (the biggest child's statistics)"] = {n: base[f"{n} uncalibrated"] for n in children}
     for name, row in rows.items():
         values = [100 * row[child] for child in children]
         lines.append(f"| {name} | {' | '.join(f'{v:.2f}' for v in values)} | {statistics.mean(values):.2f} |")
-    return "\n".join(lines)
+    return lines
+
+
+def by_length(configs: list[TrainConfig]) -> dict[float, list[TrainConfig]]:
+    lengths = dict.fromkeys(config.epochs for config in configs)
+    return {length: [config for config in configs if config.epochs == length] for length in lengths}
+
+
+def accuracies(
+    found: dict[str, dict[str, float]], child: str, group: list[TrainConfig]
+) -> tuple[list[float], list[float]]:
+    """Of a child cut from the supernet, and trained alone, by seed; in %."""
+    cut = [100 * found[titled(FULL, config)][child] for config in group]
+    return cut, [100 * found[titled(f"alone: {child}", config)][child] for config in group]
 
 
 def spread(values: list[float]) -> str:
@@ -170,73 +199,67 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def plot(space: SearchSpace, found: dict[str, dict[str, float]], seeds: int, path: Path) -> None:
+def plot(space: SearchSpace, found: dict[str, dict[str, float]], configs: list[TrainConfig], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(POSITIONS)
-    macs = [total_macs(lower(space, at(space, position))) / 1e6 for position in POSITIONS.values()]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, key in (("cut from the supernet", FULL), ("alone, from scratch", None)):
-        values = [
-            [100 * found[f"{key}, seed {s}" if key else f"alone: {name}, seed {s}"][name] for s in range(seeds)]
-            for name in names
-        ]
-        mean = [statistics.mean(v) for v in values]
-        axes.errorbar(
-            macs,
-            mean,
-            yerr=[
-                [m - min(v) for m, v in zip(mean, values, strict=True)],
-                [max(v) - m for m, v in zip(mean, values, strict=True)],
-            ],
-            marker="o",
-            capsize=4,
-            label=label,
-        )
-    axes.set(xscale="log", xlabel="million multiply-adds", ylabel="test accuracy, %", title="Fashion-MNIST")
-    axes.set_xticks(macs, labels=[f"{name}\n{value:.2f}" for name, value in zip(names, macs, strict=True)])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    children = children_of(space)
+    macs = [total_macs(lower(space, arch)) / 1e6 for arch in children.values()]
+    lengths = by_length(configs)
+    figure, row = pyplot.subplots(
+        1, len(lengths), figsize=(5.5 * len(lengths), 4.5), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, (length, group) in zip(row[0], lengths.items(), strict=True):
+        for index, label in enumerate(("cut from the supernet", "alone, from scratch")):
+            values = [accuracies(found, name, group)[index] for name in children]
+            mean = [statistics.mean(v) for v in values]
+            least = [m - min(v) for m, v in zip(mean, values, strict=True)]
+            most = [max(v) - m for m, v in zip(mean, values, strict=True)]
+            axes.errorbar(macs, mean, yerr=[least, most], marker="o", capsize=4, label=label)
+        axes.set(xscale="log", xlabel="million multiply-adds", title=f"Fashion-MNIST, {length:g} epochs")
+        axes.set_xticks(macs, labels=[f"{name}\n{value:.2f}" for name, value in zip(children, macs, strict=True)])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
+    row[0][0].set_ylabel("test accuracy, %")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for trainings; reused")
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="processes of one thread, each training its share")
-    parser.add_argument("--shard", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--epochs", type=float, nargs="+", default=[2.0, 8.0], help="lengths of trainings")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3, 2], help="of each length")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread, each with one training")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.shard is None and arguments.workers > 1:
-        command = [sys.executable, *sys.argv, "--shard"]
-        shards = [subprocess.Popen([*command, str(shard)]) for shard in range(arguments.workers)]
-        if any(code != 0 for code in [shard.wait() for shard in shards]):
-            sys.exit("a training failed: the same command goes on")
     data = load_dataset("fashion-mnist", cache=arguments.folder / "cache", notice=print)
     space = SearchSpace.load(ROOT / "examples" / "fashion-mnist.yaml", in_channels=1, num_classes=10)
-    config = replace(short(), gamma_zero=True, epochs=arguments.epochs, threads=1)
-    config = replace(config, evaluate_every=0.0, checkpoint_every_s=60.0)
+    config = replace(short(), threads=1, evaluate_every=0.0, checkpoint_every_s=60.0)
+    configs = [
+        replace(config, epochs=epochs, seed=seed)
+        for epochs, seeds in zip(arguments.epochs, arguments.seeds, strict=True)
+        for seed in range(seeds)
+    ]
     found = {}
-    for number, job in enumerate(jobs(space, config, arguments.seeds)):
-        if arguments.shard not in (None, number % arguments.workers):
-            continue
-        found[job.name] = run(job, data, arguments.folder)
-        print(job.name, {name: round(value, 4) for name, value in found[job.name].items()}, flush=True)
-    if arguments.shard is not None:
-        return
-    tables = report(space, found, arguments.seeds, config)
-    trained_s = sum(result["seconds"] for result in found.values())
-    how = f"all 60,000 images: {len(data.train)} to train on; {len(found)} trainings took {trained_s / 60:.0f} minutes"
-    lines = [*heading("BigNAS's claim on Fashion-MNIST", how), tables, "", "![](bignas_claim.png)", ""]
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        work = partial(run, folder=arguments.folder)
+        futures = {pool.submit(work, job): job.name for job in jobs(space, configs)}
+        for future in as_completed(futures):
+            name = futures[future]
+            found[name] = future.result()
+            print(name, {child: round(value, 4) for child, value in found[name].items()}, flush=True)
+    minutes = sum(result["seconds"] for result in found.values()) / 60
+    how = (
+        f"all 60,000 images: {len(data.train)} to train on; {len(found)} trainings took {minutes:.0f} minutes of one "
+        f"thread each, {arguments.workers} at a time"
+    )
+    tables = report(space, found, configs)
+    lines = [*heading("BigNAS's claim on Fashion-MNIST", how), *tables, "", "![](bignas_claim.png)", ""]
     write_text(RESULTS / "bignas_claim.md", "\n".join(lines))
-    plot(space, found, arguments.seeds, RESULTS / "bignas_claim.png")
-    print(tables)
+    plot(space, found, configs, RESULTS / "bignas_claim.png")
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from torch import Tensor
 from hwnas import __version__
 from hwnas.data import Dataset, Split, load_dataset, resize
 from hwnas.evaluator import EvaluationProtocol, Evaluator
+from hwnas.layers import total_macs
 from hwnas.network import batch_norms
-from hwnas.searching.searcher import GENERATION
 from hwnas.space import Architecture, SearchSpace
 from hwnas.store import Store
 from hwnas.supernet import WEIGHTS, Supernet
@@ -98,10 +98,10 @@ def evaluate(supernet: Supernet, data: Dataset, archs: Sequence[Architecture], f
         f"first version, {threads} threads": lambda group, store: [first.accuracy(a) for a in group],
         "first version, 1 thread": in_one_thread,
         "now, one at a time": lambda group, store: [now.accuracy(a, store) for a in group],
-        f"now, {GENERATION} at a time, as search does": lambda group, store: [
+        f"now, {now.at_once} at a time, as search does": lambda group, store: [
             accuracy
-            for start in range(0, len(group), GENERATION)
-            for accuracy in now.accuracies(group[start : start + GENERATION], store)
+            for start in range(0, len(group), now.at_once)
+            for accuracy in now.accuracies(group[start : start + now.at_once], store)
         ],
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -137,9 +137,34 @@ def evaluate(supernet: Supernet, data: Dataset, archs: Sequence[Architecture], f
         "",
         f"- accuracies of {len(archs)} children, {accuracies[0]:.2%} to {accuracies[-1]:.2%}: the same number of "
         f"{num_images:,} images right for {off.count(0)}; the others differ by at most {max(off)}",
+        arithmetic_alone(supernet, data, now.protocol, archs, 60 / statistics.median(seconds[base])),
         f"- load when it began {LOAD[0]:.2f}, when it ended {os.getloadavg()[0]:.2f} (itself included)",
     ]
     return lines
+
+
+def arithmetic_alone(
+    supernet: Supernet, data: Dataset, protocol: EvaluationProtocol, archs: Sequence[Architecture], base: float
+) -> str:
+    """What the children's multiply-adds allow at the speed of a large matrix product, beside `base` children a minute.
+
+    Nothing that computes every image in float32 can be faster: the same accuracies need that.
+    """
+    square = torch.randn(2048, 2048)
+    taken = []
+    for _ in range(20):
+        started = time.perf_counter()
+        square @ square
+        taken.append(time.perf_counter() - started)
+    macs_per_s = 2048**3 / statistics.median(taken)
+    macs = statistics.mean(total_macs(supernet.lower(arch)) for arch in archs)
+    num_images = protocol.calibration_images + len(data.validation)
+    most = 60 * macs_per_s / (macs * num_images)
+    return (
+        f"- a child has {macs / 1e6:.2f} million multiply-adds an image, and {num_images:,} images: at the speed of a "
+        f"matrix product of 2048 ({macs_per_s / 1e9:.0f} billion a second, {torch.get_num_threads()} threads) these "
+        f"alone allow {most:.0f} children a minute, {most / base:.1f} times the first version"
+    )
 
 
 if __name__ == "__main__":

@@ -252,10 +252,12 @@ def alphanet() -> TrainConfig:
 
 
 def short() -> TrainConfig:
-    """BigNAS's schedule squeezed into a few epochs on small images: minutes on a desktop processor.
+    """A few epochs on small images: minutes on a desktop processor.
 
     Small batches and SGD with a high rate learn most from so few images; augmentation and gamma-zero cost more than
-    they give in an epoch or two (benchmarks/results/bignas_claim.md).
+    they give in an epoch or two. Children in the middle of the space gain most from the cosine and the weight decay:
+    without it the weights that all children share grow fastest, and behind batch norm larger weights learn more slowly
+    (benchmarks/results/bignas_claim.md).
     """
     return TrainConfig(
         epochs=1.4,
@@ -263,7 +265,10 @@ def short() -> TrainConfig:
         lr=0.2,
         lr_batch_size=32,
         warmup_epochs=0.05,
+        schedule="cosine",
+        final_lr=0.0,
         optimizer="sgd",
+        weight_decay=5e-4,
         gamma_zero=False,
         biggest=Regularisation(dropout=0.1),
         augment="none",
