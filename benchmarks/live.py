@@ -57,7 +57,7 @@ class Setting:
     def measure(self, cache: Path) -> None:
         _, spec = load_spec(self.device)
         timing = replace(spec.timing, rounds=ROUNDS, max_rounds=MAX_ROUNDS, threads=self.threads)
-        device = replace(spec, precision=self.precision, timing=timing).open(self.device)
+        device = replace(spec, precision=self.precision, timing=timing).open(self.device)  # type: ignore[arg-type]
         parts = (("fit", CHILDREN), ("fresh", fresh()), ("again", fresh()[:AGAIN]))
         with device, reporting(self.name) as (report,):
             for part, archs in parts:

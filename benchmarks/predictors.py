@@ -360,8 +360,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     check_macs()
     start = time.perf_counter()
-    found = run(arguments)
-    text = write(found, arguments, time.perf_counter() - start)
+    results = run(arguments)
+    text = write(results, arguments, time.perf_counter() - start)
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text, encoding="utf-8")

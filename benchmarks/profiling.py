@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def section(space: SearchSpace, children: int, holdout: int, repeated: int) -> l
         predictor = make_predictor(kind, space).fit(archs, latency)
         mean, std = predictor.predict([m.arch for m in fresh])
         r = report([m.latency_ms for m in fresh], mean, std)
-        cv = cross_validate(lambda k=kind: make_predictor(k, space), archs, latency, 5, np.random.default_rng(0))
+        cv = cross_validate(partial(make_predictor, kind, space), archs, latency, 5, np.random.default_rng(0))
         lines.append(
             f"| {kind} | {r.spearman:.3f} | {r.mape_pct:.1f}% | {r.within_5_pct:.0f}% | {r.within_10_pct:.0f}% "
             f"| {r.coverage_90:.0f}% | {cv.within_10_pct:.0f}% |"

@@ -115,7 +115,7 @@ def _inverted(
     net = Network(size)
     net.conv(stem, 3, 2)
     for index, text in enumerate(stages.split()):
-        numbers = {key: int("".join(value)) for key, *value in _words(text.removesuffix("e"))}
+        numbers = {word[0]: int(word[1:]) for word in _words(text.removesuffix("e"))}
         count = depth(index, numbers["n"]) if depth else numbers["n"]
         for block in range(count):
             source = net.last.channels

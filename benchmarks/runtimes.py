@@ -35,7 +35,7 @@ DEVICES = ("cpu", "cpu-openvino", "cpu-litert", "cpu-executorch", "cpu-ncnn", "c
 
 def profiled(name: str, precision: str, space: SearchSpace, children: int) -> list[Measurement]:
     _, spec = load_spec(name)
-    device = replace(spec, precision=precision).open(name)
+    device = replace(spec, precision=precision).open(name)  # type: ignore[arg-type]
     chosen = choose_children(space, children, np.random.default_rng(0))
     with (
         tempfile.TemporaryDirectory() as folder,

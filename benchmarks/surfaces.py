@@ -247,7 +247,7 @@ def evaluated(run: Run, num_others: int) -> tuple[Genes, Floats]:
         others = {arch for arch, _ in evaluator.known(store)} - set(archs)
         missing = max(0, num_others - len(others))
         archs += [run.space.decode(row) for row in run.space.sample_genes(missing, np.random.default_rng(0))]
-        evaluator.accuracies(archs, store, report=lambda done, total, note: print(f"{done}/{total} {note}"))
+        evaluator.accuracies(archs, store, report=lambda done, total, note="": print(f"{done}/{total} {note}"))
         known = {arch: found for arch, found in evaluator.known(store) if arch.resolution in run.space.resolution}
     return run.space.encode(known), np.array(list(known.values()))
 

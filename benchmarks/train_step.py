@@ -52,7 +52,7 @@ class Case:
             return SearchSpace.load("bignas", resolution=[128])
         return SearchSpace.load(ROOT / "examples" / "fashion-mnist.yaml", in_channels=1, num_classes=10)
 
-    def step(self, way: str) -> Callable[[], object]:
+    def step(self, way: str) -> Callable[[], list[float]]:
         """One step, without the update, of equal children on equal images."""
         space, size = self.space(), CASES[self.name]
         supernet = Supernet(space).to(memory_format=torch.channels_last).train()
@@ -70,7 +70,7 @@ class Case:
             objective = Objective(space, config)
             batch = Batch(images.__getitem__, labels, Noise(generator, size, slice(0, size)))
 
-            def ours() -> object:
+            def ours() -> list[float]:
                 gradients.flat.zero_()
                 return objective(supernet, batch, np.random.default_rng(0))[1].tolist()
 
@@ -89,7 +89,7 @@ class Case:
             forwards = [lambda image, arch=arch: supernet(image, arch) for arch in children]  # type: ignore[misc]
             clear = [supernet.zero_grad]
 
-        def plain() -> object:
+        def plain() -> list[float]:
             for each in clear:
                 each(set_to_none=True)
             teacher, losses = None, []
