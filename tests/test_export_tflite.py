@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from ctypes.util import find_library
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +292,8 @@ def test_a_gpu_computes_the_same(activation, gate, path):
     driver = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
     if not driver.exists():
         pytest.skip("needs a GPU in software: apt-get install chromium-common")
+    if find_library("vulkan") is None:
+        pytest.skip("needs Vulkan's loader: apt-get install libvulkan1")
     space = replace(tiny_space(), activation=activation)
     space = replace(space, squeeze_excite=replace(space.squeeze_excite, gate=gate))
     layers = lower(space, replace(space.smallest(), resolution=30))

@@ -151,7 +151,7 @@ def test_openvino_computes_int8_on_integers(quantised, monkeypatch):
     ]
     space = tiny_space()
     assert len(ran) == sum(layer.kind in ("conv", "linear") for layer in lower(space, space.smallest()))
-    assert set(ran) == {"i8"}
+    assert set(ran) <= {"i8", "u8"}  # which, depends on the processor
 
 
 def test_openvino_refuses_floats_as_int8(network):

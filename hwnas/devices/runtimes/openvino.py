@@ -82,8 +82,9 @@ class Runtime:
         if num_threads != threads:
             raise RuntimeError(f"OpenVINO would run the network on {num_threads} threads, not {threads}")
         kernels = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+        # `runtimePrecision` is that of the weights' file; `i8` is written `I8` on AMD's processors, where inputs are u8
         ran = {
-            kernel["primitiveType"].astype(str).rpartition("_")[2]  # `runtimePrecision` is that of the weights' file
+            kernel["primitiveType"].astype(str).rpartition("_")[2].lower()
             for kernel in kernels
             if kernel["layerType"].astype(str) == "Convolution"
         }
