@@ -152,9 +152,9 @@ def report(space: SearchSpace, found: dict[str, dict[str, float]], configs: list
     children = children_of(space)
     lines: list[str] = []
     for length, group in by_length(configs).items():
+        several = f"mean ± standard deviation of {len(group)} seeds" if len(group) > 1 else f"seed {group[0].seed}"
         lines += [
-            f"{length:g} epochs of the `short` recipe; test accuracy in %, mean ± standard deviation of "
-            f"{len(group)} seed{'s' if len(group) > 1 else ''}:",
+            f"{length:g} epochs of the `short` recipe; test accuracy in %, {several}:",
             "",
             "| child | MMACs | from the supernet | alone, from scratch | difference |",
             "|---|---|---|---|---|",
