@@ -23,7 +23,7 @@ lint: venv ## Check style and types
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	cd benchmarks && ../.venv/bin/mypy --config-file= --ignore-missing-imports *.py
+	cd benchmarks && ../.venv/bin/mypy --config-file= --cache-dir=../.mypy_cache --ignore-missing-imports *.py
 
 format: venv ## Format the code and fix what ruff can fix
 	.venv/bin/ruff check --fix
