@@ -106,6 +106,17 @@ class Measured:
         both = [arch for arch in self.again if arch in self.once]
         return {arch: abs(self.again[arch].latency_ms / self.once[arch].latency_ms - 1) for arch in both}
 
+    @property
+    def tells(self) -> bool:
+        """Whether there are enough children to fit and to test, and to say what a measurement is worth."""
+        fit, _ = self._some(SIZES[0])
+        return len(fit) == SIZES[0] and len(self.differences) >= 5
+
+    @property
+    def rejected(self) -> str:
+        every = max(SIZES) + HELD_OUT
+        return f"{every - len(self.once)} of {every}"
+
     def test(self, predictor: LatencyPredictor) -> PredictionReport:
         archs = [arch for arch in fresh() if arch in self.once]
         mean_ms, std_ms = predictor.predict(archs)
@@ -139,7 +150,7 @@ def fits(measured: list[Measured]) -> list[str]:
             cells = [
                 one.setting.name if first else "",
                 f"{min(ms):.1f} to {max(ms):.1f}" if first else "",
-                f"{max(SIZES) + HELD_OUT - len(one.once)} of {max(SIZES) + HELD_OUT}" if first else "",
+                one.rejected if first else "",
                 f"{statistics.median(differences):.1%} / {np.quantile(differences, 0.9):.1%}" if first else "",
                 f"{len(one._some(size)[0])}",
                 f"{r.spearman:.3f}",
@@ -207,11 +218,15 @@ if __name__ == "__main__":
             setting.measure(arguments.cache)
     measured = [found for setting in wanted if (found := setting.load(arguments.cache)) is not None]
     missing = [setting.name for setting in wanted if setting not in [one.setting for one in measured]]
+    disturbed = [f"{one.setting.name} (rejected: {one.rejected})" for one in measured if not one.tells]
+    measured = [one for one in measured if one.tells]
     how = f"hwnas {__version__}; {HELD_OUT} fresh random children of bignas for testing, {AGAIN} of them measured twice"
     lines = heading("Latency predictors on this processor, live", how)
     lines += ["## Goals (with 60: 95% within 5%, 99% within 10%)", "", *goals(measured), ""]
     lines += ["## Fitted to its own measurements", "", *fits(measured), ""]
     lines += [f"## Adapted from other runtimes by {FEW} measurements (goal: 95% within 10%)", "", *transfers(measured)]
+    if disturbed:
+        lines += ["", f"Too disturbed to tell anything: {'; '.join(disturbed)}."]
     if missing:
         lines += ["", f"Not measured yet: {'; '.join(missing)}."]
     text = "\n".join(lines) + "\n"
