@@ -38,7 +38,7 @@ from hwnas.training.trainer import Trainer
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 POSITIONS = {"smallest": 0.0, "small": 0.25, "middle": 0.5, "big": 0.75, "biggest": 1.0}
-FULL = "all of BigNAS"
+FULL = "the recipe as it is"
 
 
 @dataclass(frozen=True)
