@@ -178,6 +178,11 @@ def report(space: SearchSpace, found: dict[str, dict[str, float]], configs: list
     for name, row in rows.items():
         values = [100 * row[child] for child in children]
         lines.append(f"| {name} | {' | '.join(f'{v:.2f}' for v in values)} | {statistics.mean(values):.2f} |")
+    means = [
+        f"{statistics.mean(100 * found[titled(FULL, config)][child] for child in children):.2f}"
+        for config in by_length(configs)[first.epochs]
+    ]
+    lines += ["", f"Mean of the first row by seed: {', '.join(means)}. All other rows are one seed."]
     return lines
 
 

@@ -256,7 +256,7 @@ def short() -> TrainConfig:
 
     Small batches and SGD with a high rate learn most from so few images; augmentation and gamma-zero cost more than
     they give in an epoch or two. Children in the middle of the space gain most from the cosine and the weight decay:
-    undecayed, the weights that all children share grow fastest, and behind batch norm larger weights learn more slowly
+    undecayed, the weights that all children share grew fastest, which may slow them down behind batch norm
     (benchmarks/results/bignas_claim_notes.md).
     """
     return TrainConfig(

@@ -82,7 +82,7 @@ class Runtime:
         if num_threads != threads:
             raise RuntimeError(f"OpenVINO would run the network on {num_threads} threads, not {threads}")
         kernels = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-        # `runtimePrecision` is that of the weights' file; `i8` is written `I8` on AMD's processors, where inputs are u8
+        # `runtimePrecision` is that of the weights' file; kernels with u8 results said `I8` on an AMD EPYC
         ran = {
             kernel["primitiveType"].astype(str).rpartition("_")[2].lower()
             for kernel in kernels
